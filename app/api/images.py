@@ -1,0 +1,49 @@
+import uuid
+from pathlib import PurePosixPath
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse
+
+from app import storage
+from app.api.deps import DatabaseSession
+from app.api.problems import responses
+from app.services import images
+
+router = APIRouter(prefix="/v1/images", tags=["images"])
+
+_IMMUTABLE = "private, max-age=31536000, immutable"
+
+
+@router.get(
+    "/{image_id}/thumbnail",
+    response_class=FileResponse,
+    responses={200: {"content": {"image/jpeg": {}}}, **responses(404, 422)},
+)
+def get_thumbnail(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse:
+    """A small JPEG, encoded anew and without metadata."""
+    image = images.get(session, image_id)
+    return FileResponse(
+        storage.thumbnail(image.collection_id, image.sha256),
+        media_type="image/jpeg",
+        headers={"Cache-Control": _IMMUTABLE, "X-Content-Type-Options": "nosniff"},
+    )
+
+
+@router.get(
+    "/{image_id}/original",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}, **responses(404, 422)},
+)
+def get_original(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse:
+    """The file as it was uploaded, to be saved, never shown: it may be anything inside."""
+    image = images.get(session, image_id)
+    return FileResponse(
+        storage.original(image.collection_id, image.sha256),
+        media_type="application/octet-stream",
+        filename=PurePosixPath(image.filename).name or image.sha256,
+        headers={
+            "Cache-Control": _IMMUTABLE,
+            "X-Content-Type-Options": "nosniff",
+            "Content-Security-Policy": "sandbox; default-src 'none'",
+        },
+    )

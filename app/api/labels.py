@@ -1,0 +1,46 @@
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from app.api.deps import DatabaseSession
+from app.api.problems import responses
+from app.api.replay import not_modified
+from app.api.streams import csv_answer, streamed
+from app.services import results, runs
+
+router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"])
+
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has this version."}}
+
+
+@router.get(
+    "/labels.csv",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/csv": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422)},
+)
+def get_labels_csv(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
+    """Every image's label, a row each."""
+    runs.get_succeeded(session, run_id)
+    return not_modified(request, response, f"{run_id}-csv") or csv_answer(
+        lambda own: results.labels_csv(own, run_id),
+        f"labels-{run_id}.csv",
+        {"ETag": response.headers["etag"]},
+    )
+
+
+@router.get(
+    "/labels.json",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/json": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422)},
+)
+def get_labels_json(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
+    """Every image's label, an object each."""
+    runs.get_succeeded(session, run_id)
+    return not_modified(request, response, f"{run_id}-json") or streamed(
+        lambda own: results.labels_json(own, run_id),
+        "application/json",
+        f"labels-{run_id}.json",
+        {"ETag": response.headers["etag"]},
+    )

@@ -1,0 +1,240 @@
+"""`kindred`: the command line."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from app.client import Client, ClientError, Payload, payload_of
+from app.config import Settings
+from app.db.migrate import upgrade
+from app.errors import KindredError
+from app.sample import DIGITS, write_digits
+from app.up import running_service, running_url
+from app.up import up as start_and_serve
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # errors as plain lines, not boxes
+    pretty_exceptions_enable=False,
+    help="Groups an image collection by what the pictures show, without labels.",
+)
+console = Console()
+messages = Console(stderr=True)
+
+STAGES = {
+    None: "waiting",
+    "features": "looking at images",
+    "neighbours": "finding neighbours",
+    "training": "training",
+    "representatives": "choosing representatives",
+    "done": "done",
+}
+
+Clusters = Annotated[int, typer.Option("--clusters", "-k", min=2, max=4096, help="How many groups to form.")]
+Method = Annotated[str, typer.Option(help="scl, or the baseline kmeans.")]
+Truth = Annotated[
+    str | None,
+    typer.Option(help="`folder`: folder names are true labels, used only to report ACC, NMI, ARI."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same labels.")]
+Server = Annotated[
+    str | None,
+    typer.Option(envvar="KINDRED_SERVER", help="URL of a running service; unset: our own is started."),
+]
+
+
+@cli.command()
+def up(
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the API.")] = None,
+) -> None:
+    """Start everything: PostgreSQL, Valkey, the API and the workers. Ctrl-C stops all of it."""
+    settings = Settings() if port is None else Settings(port=port)
+    raise typer.Exit(start_and_serve(settings))
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database named by KINDRED_DATABASE_URL to the newest schema."""
+    url = Settings().database_url
+    if url is None:
+        raise KindredError("set KINDRED_DATABASE_URL; `kindred up` migrates its own database by itself")
+    upgrade(url)
+    console.print("The database has the newest schema.")
+
+
+@cli.command()
+def cluster(
+    source: Annotated[Path, typer.Argument(metavar="PATH_OR_ARCHIVE", help="A folder, or a zip, tar or tar.gz.")],
+    clusters: Clusters,
+    method: Method = "scl",
+    truth: Truth = None,
+    seed: Seed = 0,
+    image_size: Annotated[int | None, typer.Option(min=32, max=1024, help="Pixels the backbone sees.")] = None,
+    restarts: Annotated[int | None, typer.Option(min=1, max=64, help="Independent starts.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the labels.")] = Path("labels.csv"),
+    server: Server = None,
+) -> None:
+    """Group the images of a folder or an archive and write a label for each."""
+    fields = {
+        "clusters": clusters,
+        "method": method,
+        "truth": truth,
+        "seed": seed,
+        "image_size": image_size,
+        "restarts": restarts,
+        "epochs": epochs,
+    }
+    payload = payload_of(source)
+    with _service(server) as url, Client(url) as client:
+        _cluster(client, payload, fields, output)
+
+
+@cli.command()
+def demo(
+    images: Annotated[Path | None, typer.Option(help="Your own folder or archive.")] = None,
+    clusters: Annotated[int | None, typer.Option("--clusters", "-k", min=2, max=4096)] = None,
+) -> None:
+    """Group a sample collection and keep serving the result until Ctrl-C."""
+    settings = Settings()
+    folder = settings.data_dir / "demo"
+    payload = payload_of(images or write_digits(folder / "digits"))
+    fields = {"clusters": clusters or DIGITS, "truth": "folder" if images is None else None}
+    with _service(None) as url, Client(url) as client:
+        run = _cluster(client, payload, fields, folder / "labels.csv")
+        page = f"{url}/runs/{run['id']}"
+        console.print(f"\nLook at the groups: [bold]{page}[/]")
+        if os.environ.get("KINDRED_DEMO_EXIT") == "1":
+            return
+        console.print("Serving until Ctrl-C.")
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            console.print("Stopping.")
+
+
+@cli.command("version")
+def show_version() -> None:
+    """Print the version."""
+    console.print(version("kindred"))
+
+
+@contextmanager
+def _service(server: str | None) -> Iterator[str]:
+    """The service named, else the one that runs on this data folder, else one for the time of the job."""
+    settings = Settings()
+    url = server or settings.server or running_url(settings.data_dir)
+    if url is not None:
+        yield url.rstrip("/")
+        return
+    messages.print("Starting PostgreSQL, Valkey, the API and the workers …")
+    with running_service(settings) as own:
+        yield own
+
+
+def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The whole journey, with a bar for each leg of it; the finished run."""
+    form = {name: str(value) for name, value in fields.items() if value is not None}
+    if payload.skipped:
+        messages.print(f"{payload.skipped} other files are not sent: their names are not those of images.")
+    with Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=messages,
+    ) as bars:
+        sending = bars.add_task("sending", total=payload.size, note="")
+        run = client.cluster(payload, form, lambda done: bars.update(sending, completed=done))
+        bars.update(sending, completed=payload.size)
+        try:
+            upload = _follow_upload(client, bars, run["links"]["upload"])
+            run = _follow_run(client, bars, run["links"]["self"])
+        except KeyboardInterrupt:
+            client.cancel(run)
+            raise ClientError("cancelled; the images stay in the service") from None
+    if run["state"] != "succeeded":
+        problem = run["problem"] or {"detail": "it was cancelled"}
+        raise ClientError(problem["detail"])
+    client.save(run["links"]["labels_csv"], output)
+    _show(client, upload, run, output)
+    return run
+
+
+def _follow_upload(client: Client, bars: Progress, path: str) -> dict[str, Any]:
+    task: TaskID = bars.add_task("checking images", total=1.0, note="")
+    upload: dict[str, Any] = {}
+    for upload in client.watch(path):
+        counts = upload["counts"]
+        bars.update(task, completed=upload["progress"], note=f"{counts['received']} files")
+    if upload["state"] == "failed":
+        raise ClientError(upload["problem"]["detail"])
+    return upload
+
+
+def _follow_run(client: Client, bars: Progress, path: str) -> dict[str, Any]:
+    task: TaskID = bars.add_task("waiting", total=1.0, note="")
+    run: dict[str, Any] = {}
+    for run in client.watch(path):
+        stage = STAGES.get(run["stage"], run["stage"])
+        bars.update(task, completed=run["progress"], description=stage)
+    return run
+
+
+def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: Path) -> None:
+    table = Table(title=None)
+    for heading, justify in (
+        ("cluster", "right"),
+        ("size", "right"),
+        ("name", "left"),
+        ("confidence", "right"),
+    ):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type] # a literal in a loop
+    for row in client.items(run["links"]["clusters"]):
+        confidence = "" if row["confidence"] is None else f"{row['confidence']:.2f}"
+        table.add_row(str(row["cluster"]), str(row["size"]), row["name"], confidence)
+    console.print(table)
+    counts = upload["counts"]
+    console.print(
+        f"{counts['received']} files: {counts['accepted']} images, {counts['duplicate']} duplicates, "
+        f"{counts['rejected']} rejected, {counts['ignored']} ignored"
+    )
+    if counts["duplicate"] or counts["rejected"]:
+        console.print(f"ledger: {client.server}{upload['links']['files_csv']}")
+    metrics = run["metrics"] or {}
+    quality, baseline = metrics.get("quality"), (metrics.get("baseline") or {})
+    if quality:
+        console.print(_quality(run["parameters"]["method"], quality))
+    if baseline.get("quality"):
+        console.print(_quality("k-means, same features", baseline["quality"]))
+    for warning in metrics.get("warnings", []):
+        console.print(f"[yellow]warning:[/] {warning['message']}")
+    console.print(f"labels: {output.resolve()}", soft_wrap=True)
+
+
+def _quality(name: str, found: dict[str, float]) -> str:
+    return f"{name}: ACC {found['acc']:.3f}  NMI {found['nmi']:.3f}  ARI {found['ari']:.3f}"
+
+
+def main() -> None:
+    """Run the command; whatever fails is one clear line and a status that is not 0."""
+    try:
+        cli()
+    except (ClientError, KindredError) as error:
+        messages.print(f"[red]error:[/] {error}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,79 @@
+"""Every setting of the service, read once from `KINDRED_*` environment variables.
+
+`docs/settings.md` lists them; a test fails when one is missing there.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="KINDRED_", extra="ignore", frozen=True)
+
+    database_url: str | None = Field(
+        default=None,
+        description="PostgreSQL, `postgresql+psycopg://…`. Unset: one from the wheel is started.",
+    )
+    broker_url: str | None = Field(
+        default=None, description="Redis or Valkey, `redis://…`. Unset: one from the wheel is started."
+    )
+    data_dir: Path = Field(default=Path("var"), description="Folder that holds all state of this installation.")
+    host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(default=8000, description="Port of the API.")
+    server: str | None = Field(
+        default=None, description="URL of a running service for `kindred cluster` to use instead of its own."
+    )
+
+    max_upload_bytes: Annotated[int, Field(gt=0)] = Field(
+        default=20 * 1024 * MIB, description="Largest request body of an upload, in bytes."
+    )
+    max_upload_files: Annotated[int, Field(gt=0)] = Field(
+        default=200_000, description="Most files in one upload, archive members included."
+    )
+    max_image_bytes: Annotated[int, Field(gt=0)] = Field(
+        default=100 * MIB, description="Largest single image file, in bytes."
+    )
+    max_image_pixels: Annotated[int, Field(gt=0)] = Field(
+        default=100_000_000, description="Most pixels (width times height) of one image."
+    )
+    max_unpacked_bytes: Annotated[int, Field(gt=0)] = Field(
+        default=100 * 1024 * MIB,
+        description="Most bytes that the files of one upload may hold once unpacked.",
+    )
+    decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="Longest time to decode one image, in seconds."
+    )
+    decode_memory_bytes: Annotated[int, Field(gt=0)] = Field(
+        default=2048 * MIB, description="Most address space of a decoding process, in bytes."
+    )
+    ingest_processes: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Decoding processes of an ingest worker; 0 means one per core."
+    )
+    thumbnail_pixels: Annotated[int, Field(ge=16, le=2048)] = Field(
+        default=256, description="Longest side of a thumbnail, in pixels."
+    )
+
+    lease_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0,
+        description="How long a claimed run or upload stays claimed without a heartbeat, in seconds.",
+    )
+    heartbeat_s: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="How often a worker renews its lease, in seconds."
+    )
+    sweep_s: Annotated[float, Field(gt=0)] = Field(
+        default=15.0, description="How often workers look for lost work, in seconds."
+    )
+    max_attempts: Annotated[int, Field(ge=1)] = Field(
+        default=3, description="Attempts after which lost work has failed (`worker_lost`)."
+    )
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    return Settings()

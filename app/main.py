@@ -1,0 +1,26 @@
+"""The only place where the service is wired together."""
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from app.api import clusters, collections, health, images, labels, problems, runs, uploads
+from app.logs import configure_logs
+from app.web import pages
+
+_DESCRIPTION = """
+Kindred groups an image collection by what the pictures show, without labels.
+
+Send an archive to `POST /v1/cluster`, poll the `Location` of the answer until `state` is `succeeded`, then
+read `labels.csv`. Errors are RFC 9457 problem details.
+"""
+
+
+def create_app() -> FastAPI:
+    configure_logs()
+    app = FastAPI(title="Kindred", version=version("kindred"), description=_DESCRIPTION, redoc_url=None)
+    problems.install(app)
+    for module in (collections, uploads, images, runs, clusters, labels, health):
+        app.include_router(module.router)
+    pages.install(app)
+    return app

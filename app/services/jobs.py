@@ -1,0 +1,201 @@
+"""Claim, lease, fence: the one state machine of uploads and runs.
+
+    queued → running → succeeded | failed | cancelled
+
+Every change of state is one conditional UPDATE that says from which state it starts; no row is an answer.
+Time is the database's `now()`. Each function opens no session and commits nothing.
+"""
+
+import uuid
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, CursorResult, and_, case, exists, func, literal, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from app.config import settings
+from app.db.tables import Run, Upload
+
+JobTable = type[Upload] | type[Run]
+J = TypeVar("J", Upload, Run)
+
+
+def _lease() -> ColumnElement[Any]:
+    return func.now() + timedelta(seconds=settings().lease_s)
+
+
+def _may_start(table: JobTable) -> ColumnElement[bool]:
+    """A run waits for its upload; an upload waits for the one before it in its collection."""
+    if table is Run:
+        return ~exists().where(Upload.id == Run.upload_id, Upload.state.in_(("queued", "running")))
+    earlier = aliased(Upload)
+    return ~exists().where(
+        earlier.collection_id == Upload.collection_id,
+        earlier.id != Upload.id,
+        or_(
+            earlier.state == "running",
+            and_(
+                earlier.state == "queued",
+                or_(
+                    earlier.created_at < Upload.created_at,
+                    and_(earlier.created_at == Upload.created_at, earlier.id < Upload.id),
+                ),
+            ),
+        ),
+    )
+
+
+def claim(session: Session, table: type[J], identity: uuid.UUID) -> J | None:
+    """Start a queued job. None: somebody else has it, it is over, or it must wait. Drop the message."""
+    return session.execute(
+        update(table)
+        .where(table.id == identity, table.state == "queued", _may_start(table))
+        .values(
+            state="running",
+            attempt=table.attempt + 1,
+            lease_until=_lease(),
+            started_at=func.coalesce(table.started_at, func.now()),
+        )
+        .returning(table)
+        .execution_options(synchronize_session=False)
+    ).scalar_one_or_none()
+
+
+def heartbeat(session: Session, table: JobTable, identity: uuid.UUID, attempt: int, **values: Any) -> bool:
+    """Renew the lease and record progress. False: the job is no longer this attempt's; stop at once."""
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.attempt == attempt, table.state == "running")
+        .values(lease_until=_lease(), **values),
+    )
+
+
+def finish(session: Session, table: JobTable, identity: uuid.UUID, attempt: int, **values: Any) -> bool:
+    """The one way to succeed. False: somebody else ended the job; roll back whatever belongs to it."""
+    extra: list[ColumnElement[bool]] = [Run.cancel_requested_at.is_(None)] if table is Run else []
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.attempt == attempt, table.state == "running", *extra)
+        .values(state="succeeded", progress=1.0, lease_until=None, finished_at=func.now(), **values),
+    )
+
+
+def fail(
+    session: Session,
+    table: JobTable,
+    identity: uuid.UUID,
+    attempt: int,
+    problem: dict[str, Any],
+    **values: Any,
+) -> bool:
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.attempt == attempt, table.state == "running")
+        .values(state="failed", problem=problem, lease_until=None, finished_at=func.now(), **values),
+    )
+
+
+def release(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:
+    """Give a running job back unharmed, as a worker does that is told to stop. Not a lost attempt."""
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.attempt == attempt, table.state == "running")
+        .values(state="queued", lease_until=None),
+    )
+
+
+def end_cancelled(session: Session, identity: uuid.UUID, attempt: int) -> bool:
+    """The worker's answer to a cancel request, once the trainer is gone."""
+    return _changed(
+        session,
+        update(Run)
+        .where(Run.id == identity, Run.attempt == attempt, Run.state == "running")
+        .values(state="cancelled", lease_until=None, finished_at=func.now(), eta_s=None),
+    )
+
+
+def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
+    """Requeue jobs whose lease ran out; after `max_attempts` losses they have failed."""
+    lost = table.lost_attempts + 1
+    over = lost >= settings().max_attempts
+    problem = func.jsonb_build_object(
+        "code",
+        "worker_lost",
+        "detail",
+        func.concat("The worker was lost ", lost, " times while it worked on this; it was given up."),
+    )
+    ends: list[tuple[ColumnElement[bool], ColumnElement[Any]]] = [(over, literal("failed"))]
+    if table is Run:
+        ends.insert(0, (Run.cancel_requested_at.is_not(None), literal("cancelled")))
+        over = or_(over, Run.cancel_requested_at.is_not(None))
+    new_state = case(*ends, else_=literal("queued"))
+    rows = session.execute(
+        update(table)
+        .where(table.state == "running", table.lease_until < func.now())
+        .values(
+            state=new_state,
+            lost_attempts=lost,
+            lease_until=None,
+            finished_at=case((over, func.now())),
+            problem=case((new_state == "failed", problem)),
+        )
+        .returning(table.id)
+        .execution_options(synchronize_session=False)
+    )
+    return list(rows.scalars())
+
+
+def expire(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:
+    """Count a running attempt as lost, as when its process was killed; `requeue_lost` goes on from there."""
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.attempt == attempt, table.state == "running")
+        .values(lease_until=func.now() - timedelta(seconds=1)),
+    )
+
+
+def fail_runs_of_failed_uploads(session: Session) -> list[uuid.UUID]:
+    """A one-shot run whose upload ended without images can never start."""
+    rows = session.execute(
+        update(Run)
+        .where(Run.upload_id == Upload.id, Run.state == "queued", Upload.state.in_(("failed", "cancelled")))
+        .values(
+            state="failed",
+            finished_at=func.now(),
+            problem=func.jsonb_build_object(
+                "code",
+                "upload-failed",
+                "detail",
+                func.concat("The upload failed: ", Upload.problem["detail"].astext),
+            ),
+        )
+        .returning(Run.id)
+        .execution_options(synchronize_session=False)
+    )
+    return list(rows.scalars())
+
+
+def waiting(session: Session, table: JobTable, older_than_s: float, limit: int = 100) -> list[uuid.UUID]:
+    """Queued jobs that could start and whose ring may have been lost, oldest first."""
+    rows = session.execute(
+        select(table.id)
+        .where(
+            table.state == "queued",
+            table.created_at < func.now() - timedelta(seconds=older_than_s),
+            _may_start(table),
+        )
+        .order_by(table.created_at)
+        .limit(limit)
+    )
+    return list(rows.scalars())
+
+
+def _changed(session: Session, statement: Any) -> bool:
+    result = session.execute(statement.execution_options(synchronize_session=False))
+    assert isinstance(result, CursorResult)  # noqa: S101 - tells the type checker what DML returns
+    return result.rowcount == 1

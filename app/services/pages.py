@@ -1,0 +1,55 @@
+"""Opaque cursors: where the next page starts, in a form that clients hand back untouched."""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from app.errors import Invalid
+
+T = TypeVar("T")
+
+
+class Page(NamedTuple, Generic[T]):
+    items: list[T]
+    next: str | None
+
+
+def encode(position: Sequence[Any]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(list(position)).encode()).decode().rstrip("=")
+
+
+def decode(cursor: str | None, *kinds: Callable[[Any], Any]) -> list[Any] | None:
+    """The position in `cursor`, each element turned by its kind; `Invalid` for one that is not ours."""
+    if cursor is None:
+        return None
+    try:
+        position = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=" * (-len(cursor) % 4)))
+        if not isinstance(position, list) or len(position) != len(kinds):
+            raise ValueError(cursor)  # noqa: TRY301 - one answer for every cursor that is not ours
+        return [kind(element) for kind, element in zip(kinds, position, strict=True)]
+    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError) as error:
+        raise Invalid(
+            "This cursor is not one that this list gave out.",
+            code="invalid-cursor",
+            fields={"cursor": "unknown"},
+        ) from error
+
+
+def page(rows: Sequence[T], limit: int, position: Callable[[T], Sequence[Any]]) -> Page[T]:
+    """A page out of `limit + 1` rows: the extra row only tells that there are more."""
+    items = list(rows[:limit])
+    return Page(items, encode(position(items[-1])) if len(rows) > limit else None)
+
+
+def int32(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(value)
+    return value
+
+
+def int64(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(value)
+    return value

@@ -1,0 +1,216 @@
+"""What a finished run found: clusters, representatives, assignments. Written once, read in streams."""
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from app.db.tables import Assignment, Cluster, Image, Representative
+from app.errors import NotFound
+from app.services import pages
+
+LABEL_COLUMNS = (
+    "image_id", "filename", "cluster", "cluster_name", "confidence", "runner_up", "margin", "consensus",
+)  # fmt: skip
+
+_LABELS = """
+    SELECT a.image_id, i.filename, a.cluster, c.name AS cluster_name, a.confidence, a.runner_up, a.margin,
+           a.consensus
+    FROM assignments a
+    JOIN images i ON i.id = a.image_id
+    JOIN clusters c ON c.run_id = a.run_id AND c.cluster = a.cluster
+    WHERE a.run_id = '{run_id}'
+    ORDER BY a.position
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterRow:
+    cluster: int
+    name: str
+    size: int
+    confidence: float | None
+    cohesion: float | None
+    representatives: list[uuid.UUID]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignmentRow:
+    position: int
+    image_id: uuid.UUID
+    cluster: int
+    rank: int
+    confidence: float
+    runner_up: int
+    margin: float
+    consensus: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterView:
+    cluster: int
+    name: str
+    size: int
+    confidence: float | None
+    cohesion: float | None
+    representatives: list[uuid.UUID] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    image_id: uuid.UUID
+    filename: str
+    rank: int
+    confidence: float
+    runner_up: int
+    margin: float
+    consensus: bool
+
+
+def store(
+    session: Session, run_id: uuid.UUID, clusters: Sequence[ClusterRow], assignments: Iterable[AssignmentRow]
+) -> None:
+    """Bulk-insert the results. The caller ends the run in the same transaction, fenced by its attempt."""
+    session.add_all(
+        Cluster(
+            run_id=run_id,
+            cluster=row.cluster,
+            name=row.name,
+            size=row.size,
+            confidence=row.confidence,
+            cohesion=row.cohesion,
+        )
+        for row in clusters
+    )
+    session.flush()
+    session.add_all(
+        Representative(run_id=run_id, cluster=row.cluster, rank=rank, image_id=image_id)
+        for row in clusters
+        for rank, image_id in enumerate(row.representatives)
+    )
+    session.flush()
+    driver = session.connection().connection.driver_connection
+    assert driver is not None  # noqa: S101 - a live session has one
+    with (
+        driver.cursor() as cursor,
+        cursor.copy(
+            "COPY assignments (run_id, position, image_id, cluster, rank, confidence, runner_up, margin,"
+            " consensus) FROM STDIN"
+        ) as copy,
+    ):
+        for a in assignments:
+            copy.write_row(
+                (run_id, a.position, a.image_id, a.cluster, a.rank, a.confidence, a.runner_up, a.margin,
+                 a.consensus)
+            )  # fmt: skip
+
+
+def clusters(session: Session, run_id: uuid.UUID, limit: int, cursor: str | None) -> pages.Page[ClusterView]:
+    """Largest first, which is the order of their numbers."""
+    query = select(Cluster).where(Cluster.run_id == run_id).order_by(Cluster.cluster).limit(limit + 1)
+    after = pages.decode(cursor, pages.int32)
+    if after is not None:
+        query = query.where(Cluster.cluster > after[0])
+    found = pages.page(session.scalars(query).all(), limit, lambda row: (row.cluster,))
+    return pages.Page(_views(session, run_id, found.items), found.next)
+
+
+def cluster(session: Session, run_id: uuid.UUID, number: int) -> ClusterView:
+    row = session.get(Cluster, (run_id, number))
+    if row is None:
+        raise NotFound(f"Run {run_id} has no cluster {number}.", code="cluster-not-found")
+    return _views(session, run_id, [row])[0]
+
+
+def members(session: Session, run_id: uuid.UUID, number: int, limit: int, cursor: str | None) -> pages.Page[Member]:
+    """The images of a cluster, most typical first."""
+    cluster(session, run_id, number)
+    query = (
+        select(Assignment, Image.filename)
+        .join(Image, Image.id == Assignment.image_id)
+        .where(Assignment.run_id == run_id, Assignment.cluster == number)
+        .order_by(Assignment.rank)
+        .limit(limit + 1)
+    )
+    after = pages.decode(cursor, pages.int32)
+    if after is not None:
+        query = query.where(Assignment.rank > after[0])
+    rows = [
+        Member(
+            image_id=a.image_id,
+            filename=filename,
+            rank=a.rank,
+            confidence=a.confidence,
+            runner_up=a.runner_up,
+            margin=a.margin,
+            consensus=a.consensus,
+        )
+        for a, filename in session.execute(query)
+    ]
+    return pages.page(rows, limit, lambda row: (row.rank,))
+
+
+def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
+    """Every image's label, straight from PostgreSQL's own COPY, at constant memory."""
+    select_labels = _LABELS.format(run_id=run_id).replace(
+        "a.consensus\n", "CASE WHEN a.consensus THEN 'true' ELSE 'false' END AS consensus\n"
+    )
+    driver = session.connection().connection.driver_connection
+    assert driver is not None  # noqa: S101 - a live session has one
+    with (
+        driver.cursor() as cursor,
+        cursor.copy(f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER)") as copy,
+    ):
+        for block in copy:
+            yield bytes(block)
+
+
+def labels_json(session: Session, run_id: uuid.UUID) -> Iterator[str]:
+    """`{"run_id": …, "items": […]}`, an item a line, at constant memory."""
+    rows = session.execute(
+        text(f"SELECT row_to_json(labels)::text FROM ({_LABELS.format(run_id=run_id)}) labels"),  # noqa: S608 - a UUID
+        execution_options={"yield_per": 2000},
+    )
+    yield f'{{"run_id": {json.dumps(str(run_id))}, "items": ['
+    separator = "\n"
+    for chunk in rows.scalars().partitions():
+        yield separator + ",\n".join(chunk)
+        separator = ",\n"
+    yield "\n]}\n"
+
+
+def _views(session: Session, run_id: uuid.UUID, rows: Sequence[Cluster]) -> list[ClusterView]:
+    views = [
+        ClusterView(
+            cluster=row.cluster,
+            name=row.name,
+            size=row.size,
+            confidence=row.confidence,
+            cohesion=row.cohesion,
+        )
+        for row in rows
+    ]
+    by_number = {view.cluster: view for view in views}
+    chosen = session.execute(
+        select(Representative.cluster, Representative.image_id)
+        .where(Representative.run_id == run_id, Representative.cluster.in_(by_number))
+        .order_by(Representative.cluster, Representative.rank)
+    )
+    for number, image_id in chosen:
+        by_number[number].representatives.append(image_id)
+    return views
+
+
+def sizes(session: Session, run_id: uuid.UUID) -> list[int]:
+    return list(session.scalars(select(Cluster.size).where(Cluster.run_id == run_id).order_by(Cluster.cluster)))
+
+
+def names(session: Session, run_id: uuid.UUID, numbers: Iterable[int]) -> dict[int, str]:
+    """The names of those clusters that the run has."""
+    rows = session.execute(
+        select(Cluster.cluster, Cluster.name).where(Cluster.run_id == run_id, Cluster.cluster.in_(list(numbers)))
+    )
+    return dict(rows.all())

@@ -1,0 +1,184 @@
+"""Verbs on runs."""
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import func, select, true, tuple_, update
+from sqlalchemy.orm import Session, aliased
+
+from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
+from app.errors import Conflict, Invalid, not_found
+from app.services import collections, images, pages
+
+MAX_SEED = 2**31 - 1
+
+
+class Parameters(BaseModel):
+    """What a run is asked to do. What it left open is resolved when the run is created."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    clusters: Annotated[int, Field(ge=2, le=4096, description="How many groups to form.", examples=[10])]
+    method: Annotated[
+        Literal["scl", "kmeans"],
+        Field(description="`scl`, semantic contrastive clustering, or the baseline `kmeans`."),
+    ] = "scl"
+    train: Annotated[
+        Literal["head"], Field(description="`head`: the backbone is frozen and a clustering head is trained.")
+    ] = "head"
+    backbone: Annotated[
+        Literal["efficientnet_lite0"], Field(description="The network that turns images into features.")
+    ] = "efficientnet_lite0"
+    image_size: Annotated[
+        int, Field(ge=32, le=1024, description="Side of the square that the backbone sees, in pixels.")
+    ] = 224
+    epochs: Annotated[
+        int | None, Field(ge=1, le=10_000, description="Passes over the images; unset: the method's default.")
+    ] = None
+    restarts: Annotated[
+        int | None, Field(ge=1, le=64, description="Independent starts, chosen among without labels.")
+    ] = None
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The same seed gives the same labels.")] = 0
+    truth: Annotated[
+        Literal["folder"] | None,
+        Field(description="`folder`: folder names are true labels, used only to report ACC, NMI and ARI."),
+    ] = None
+
+
+def create(
+    session: Session,
+    collection_id: uuid.UUID,
+    parameters: Parameters,
+    *,
+    after_upload: uuid.UUID | None = None,
+) -> Run:
+    """Queue a run. With `after_upload` it starts when that upload is done; else the images must be there."""
+    collections.lock(session, collection_id)
+    if after_upload is None:
+        _check_ready(session, collection_id, parameters.clusters)
+    run = Run(
+        id=uuid.uuid4(),
+        collection_id=collection_id,
+        upload_id=after_upload,
+        parameters=parameters.model_dump(mode="json"),
+    )
+    session.add(run)
+    session.flush()
+    session.refresh(run)
+    return run
+
+
+def _check_ready(session: Session, collection_id: uuid.UUID, clusters: int) -> None:
+    busy = session.scalar(
+        select(Upload.id)
+        .where(Upload.collection_id == collection_id, Upload.state.in_(collections.OPEN_STATES))
+        .limit(1)
+    )
+    if busy is not None:
+        raise Conflict(
+            f"The collection is still taking in upload {busy}; start the run when that has succeeded.",
+            code="collection-busy",
+        )
+    found = images.count(session, collection_id)
+    if found < clusters:
+        raise too_few_images(clusters, found)
+
+
+def too_few_images(clusters: int, found: int) -> Invalid:
+    return Invalid(
+        f"{clusters} clusters need at least {clusters} images; the collection has {found}.",
+        code="too-few-images",
+        fields={"clusters": f"at most {found} for this collection"},
+    )
+
+
+def get(session: Session, run_id: uuid.UUID) -> Run:
+    run = session.get(Run, run_id)
+    if run is None:
+        raise not_found("run", run_id)
+    return run
+
+
+def get_succeeded(session: Session, run_id: uuid.UUID) -> Run:
+    """A run whose results can be read."""
+    run = get(session, run_id)
+    if run.state != "succeeded":
+        raise Conflict(f"Run {run_id} has no results: its state is {run.state}.", code="run-without-results")
+    return run
+
+
+def list_page(session: Session, collection_id: uuid.UUID, limit: int, cursor: str | None) -> pages.Page[Run]:
+    """Newest first."""
+    collections.get(session, collection_id)
+    query = (
+        select(Run)
+        .where(Run.collection_id == collection_id)
+        .order_by(Run.created_at.desc(), Run.id.desc())
+        .limit(limit + 1)
+    )
+    after = pages.decode(cursor, datetime.fromisoformat, uuid.UUID)
+    if after is not None:
+        query = query.where(tuple_(Run.created_at, Run.id) < tuple_(*after))
+    return pages.page(session.scalars(query).all(), limit, lambda row: (row.created_at.isoformat(), str(row.id)))
+
+
+def latest(session: Session, collection_ids: Sequence[uuid.UUID], each: int) -> dict[uuid.UUID, list[Run]]:
+    """The newest runs of each collection, newest first."""
+    newest = (
+        select(Run)
+        .where(Run.collection_id == Collection.id)
+        .order_by(Run.created_at.desc(), Run.id.desc())
+        .limit(each)
+        .lateral()
+    )
+    table = aliased(Run, newest)
+    found: dict[uuid.UUID, list[Run]] = {collection_id: [] for collection_id in collection_ids}
+    rows = session.scalars(
+        select(table)
+        .select_from(Collection)
+        .join(newest, true())
+        .where(Collection.id.in_(collection_ids))
+        .order_by(table.created_at.desc(), table.id.desc())
+    )
+    for row in rows:
+        found[row.collection_id].append(row)
+    return found
+
+
+def cancel(session: Session, run_id: uuid.UUID) -> Run:
+    """A queued run ends at once; a running one is asked to, and its worker answers within seconds."""
+    cancelled = session.scalar(
+        update(Run)
+        .where(Run.id == run_id, Run.state == "queued")
+        .values(state="cancelled", cancel_requested_at=func.now(), finished_at=func.now())
+        .returning(Run.id)
+    )
+    if cancelled is None:
+        session.execute(
+            update(Run)
+            .where(Run.id == run_id, Run.state == "running")
+            .values(cancel_requested_at=func.coalesce(Run.cancel_requested_at, func.now()))
+        )
+    run = session.get(Run, run_id, populate_existing=True)
+    if run is None:
+        raise not_found("run", run_id)
+    if run.state in TERMINAL_STATES and run.state != "cancelled":
+        raise Conflict(f"Run {run_id} is over: it has {run.state}.", code="run-over")
+    return run
+
+
+def cancel_requested(session: Session, run_id: uuid.UUID) -> bool:
+    return session.scalar(select(Run.cancel_requested_at).where(Run.id == run_id)) is not None
+
+
+def trainer_images(session: Session, collection_id: uuid.UUID) -> list[tuple[uuid.UUID, str, str]]:
+    """Id, SHA-256 and filename of each image, in the order of the collection."""
+    rows = session.execute(
+        select(Image.id, Image.sha256, Image.filename)
+        .where(Image.collection_id == collection_id)
+        .order_by(Image.number)
+    )
+    return [(row.id, row.sha256, row.filename) for row in rows]

@@ -1,0 +1,92 @@
+"""Verbs on uploads and their ledger."""
+
+import csv
+import io
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.db.tables import Upload, UploadFile, UploadPart
+from app.errors import not_found
+from app.services import collections, pages
+
+LEDGER_COLUMNS = ("position", "filename", "bytes", "outcome", "image_id", "reason_code", "reason")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceivedPart:
+    filename: str
+    bytes: int
+
+
+def create(session: Session, upload_id: uuid.UUID, collection_id: uuid.UUID, parts: list[ReceivedPart]) -> Upload:
+    """Queue what was received; the files already lie under `storage.incoming(upload_id)`."""
+    collections.lock(session, collection_id)
+    upload = Upload(id=upload_id, collection_id=collection_id, bytes=sum(part.bytes for part in parts))
+    session.add(upload)
+    session.flush()
+    session.add_all(
+        UploadPart(upload_id=upload_id, part=number, filename=part.filename, bytes=part.bytes)
+        for number, part in enumerate(parts)
+    )
+    session.flush()
+    session.refresh(upload)
+    return upload
+
+
+def get(session: Session, upload_id: uuid.UUID) -> Upload:
+    upload = session.get(Upload, upload_id)
+    if upload is None:
+        raise not_found("upload", upload_id)
+    return upload
+
+
+def list_of_collection(session: Session, collection_id: uuid.UUID, limit: int = 50) -> list[Upload]:
+    return list(
+        session.scalars(
+            select(Upload)
+            .where(Upload.collection_id == collection_id)
+            .order_by(Upload.created_at.desc(), Upload.id)
+            .limit(limit)
+        )
+    )
+
+
+def ledger_page(
+    session: Session, upload_id: uuid.UUID, limit: int, cursor: str | None, outcome: str | None
+) -> pages.Page[UploadFile]:
+    get(session, upload_id)
+    query = select(UploadFile).where(UploadFile.upload_id == upload_id).order_by(UploadFile.position).limit(limit + 1)
+    after = pages.decode(cursor, pages.int32)
+    if after is not None:
+        query = query.where(UploadFile.position > after[0])
+    if outcome is not None:
+        query = query.where(UploadFile.outcome == outcome)
+    return pages.page(session.scalars(query).all(), limit, lambda row: (row.position,))
+
+
+def ledger_csv(session: Session, upload_id: uuid.UUID) -> Iterator[str]:
+    columns = [getattr(UploadFile, name) for name in LEDGER_COLUMNS]
+    rows = session.execute(
+        select(*columns).where(UploadFile.upload_id == upload_id).order_by(UploadFile.position),
+        execution_options={"yield_per": 2000},
+    )
+    yield csv_lines([LEDGER_COLUMNS])
+    for chunk in rows.partitions():
+        yield csv_lines(chunk)
+
+
+def csv_lines(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as RFC 4180 text, a line feed at each end."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def is_open(session: Session, upload_id: uuid.UUID) -> bool:
+    """Whether its files are still needed."""
+    upload = session.get(Upload, upload_id)
+    return upload is not None and upload.state in collections.OPEN_STATES

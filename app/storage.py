@@ -1,0 +1,135 @@
+"""Where bytes live. The only file that knows a path.
+
+    {data_dir}/incoming/{upload}/{part}                      request parts, until they are ingested
+    {data_dir}/collections/{collection}/originals/ab/abcd…   by SHA-256
+    {data_dir}/collections/{collection}/thumbnails/ab/abcd…  JPEG
+    {data_dir}/collections/{collection}/staging/              files that an ingest is checking
+    {data_dir}/collections/{collection}/features/            the trainer's cache
+    {data_dir}/runs/{run}/                                   the trainer's artefacts
+
+A file is written under a temporary name in the folder it is for, made durable, then renamed; only a
+committed row makes it visible.
+"""
+
+import ctypes
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from app.config import settings
+
+TEMPORARY_SUFFIX = ".part"
+
+
+def _root() -> Path:
+    return settings().data_dir.resolve()
+
+
+def incoming(upload_id: uuid.UUID) -> Path:
+    return _root() / "incoming" / str(upload_id)
+
+
+def incoming_part(upload_id: uuid.UUID, part: int) -> Path:
+    return incoming(upload_id) / f"{part:06d}"
+
+
+def collection(collection_id: uuid.UUID) -> Path:
+    return _root() / "collections" / str(collection_id)
+
+
+def original(collection_id: uuid.UUID, sha256: str) -> Path:
+    return collection(collection_id) / "originals" / sha256[:2] / sha256
+
+
+def thumbnail(collection_id: uuid.UUID, sha256: str) -> Path:
+    return collection(collection_id) / "thumbnails" / sha256[:2] / f"{sha256}.jpg"
+
+
+def staging(collection_id: uuid.UUID) -> Path:
+    """Where an ingest writes before it knows a file's name; emptied by each attempt."""
+    return collection(collection_id) / "staging"
+
+
+def features(collection_id: uuid.UUID) -> Path:
+    return collection(collection_id) / "features"
+
+
+def run(run_id: uuid.UUID) -> Path:
+    return _root() / "runs" / str(run_id)
+
+
+def all_incoming() -> Iterator[Path]:
+    folder = _root() / "incoming"
+    if folder.is_dir():
+        yield from folder.iterdir()
+
+
+def free_bytes() -> int:
+    root = _root()
+    root.mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(root).free
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under `path` only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(pairs: Iterable[tuple[Path, Path]]) -> None:
+    """Give finished temporary files their names, then wait once until all of it is on the disk.
+
+    One wait for a batch costs what one `fsync` costs, where thousands of small files would each wait.
+    Names come before the wait, since only a row committed after it makes them visible.
+    """
+    for temporary, final in pairs:
+        try:
+            temporary.replace(final)
+        except FileNotFoundError:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(final)
+    _sync_file_system(_root())
+
+
+def make_durable(folder: Path) -> None:
+    """Wait until all files written below `folder` are on the disk."""
+    _sync_file_system(folder)
+
+
+def _sync_file_system(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs failed", str(folder))
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or file, whether or not it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,63 @@
+"""Templates to answers, with the headers that every page carries."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import HTMLResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from app.web import wording
+
+HERE = Path(__file__).parent
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "private, no-cache",
+}
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,  # file names and collection names are anybody's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for filter_ in (
+        wording.ago, wording.count, wording.duration, wording.filesize, wording.moment, wording.percent,
+        wording.stage, wording.time_left,
+    ):  # fmt: skip
+        environment.filters[filter_.__name__] = filter_
+    environment.globals |= {
+        "STATES": wording.STATES,
+        "METHODS": wording.METHODS,
+        "OUTCOMES": wording.OUTCOMES,
+    }
+    return environment
+
+
+_TEMPLATES = _environment()
+
+
+def page(template: str, /, *, status: int = 200, headers: dict[str, str] | None = None, **context: Any) -> HTMLResponse:
+    body = _TEMPLATES.get_template(template).render(context)
+    return HTMLResponse(body, status_code=status, headers={**(headers or {}), **_HEADERS})
+
+
+class Static(StaticFiles):
+    """Style and scripts, asked for anew with each page, so that a new version is never mixed with an old one."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response

@@ -1,0 +1,138 @@
+"""Features of a collection: extracted once, kept on disk, resumed after a kill.
+
+Letters in shapes: N images, U images that are not in the cache, B batch, D feature size, H and W pixels.
+
+The cache is a folder of parts, each a `part-X.npy` with its images' keys in `part-X.keys` beside it. A part
+appears whole or not at all, and is found by the digest of the weights, the image size and the preprocessing:
+any of them changed is another folder.
+"""
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models import backbones, images
+from models.files import write_atomically
+from models.progress import Step
+
+BATCH = 32
+PART = 1024
+# Batches that decoders may be ahead of the network: enough to keep it busy, little memory.
+LOOKAHEAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A picture to group. `key` names its content (SHA-256) in the feature cache."""
+
+    key: str
+    path: Path
+
+
+class UnreadableImageError(ValueError):
+    """A source that is missing or no picture."""
+
+
+def extract(
+    sources: Sequence[Source],
+    *,
+    backbone: str,
+    image_size: int,
+    cache_dir: Path | None,
+    threads: int,
+    device: str,
+) -> Generator[Step, None, np.ndarray]:
+    """Features of every source as `float16` of shape (N, D); only those that the cache lacks are computed.
+
+    They are float16 with and without a cache, so that a run does not depend on whether it had one.
+
+    Raises:
+        UnreadableImageError: a source cannot be decoded.
+
+    """
+    cache = None
+    if cache_dir is not None:
+        weights = backbones.digest(backbone)[:16]
+        cache = cache_dir / f"{backbone}-{weights}-{image_size}-{images.PREPROCESSING}"
+    row_of = {source.key: row for row, source in enumerate({s.key: s for s in sources}.values())}
+    features_UD = np.empty((len(row_of), backbones.FEATURE_SIZE), np.float16)
+    found = set(read_parts(cache, row_of, features_UD)) if cache else set()
+    missing = [s for s in {s.key: s for s in sources}.values() if s.key not in found]
+    yield Step(done=len(found), total=len(row_of))
+
+    if missing:
+        encode = backbones.encoder(backbone, image_size=image_size, threads=threads, device=device)
+        started, since_part, done = time.monotonic(), 0, 0
+        for batch, pixels_BHWC in decoded(missing, size=image_size, threads=threads):
+            # Every batch has the same shape: what an image becomes must not depend on its company.
+            padded_BHWC = np.zeros((BATCH, *pixels_BHWC.shape[1:]), np.uint8)
+            padded_BHWC[: len(batch)] = pixels_BHWC
+            rows = [row_of[source.key] for source in batch]
+            features_UD[rows] = encode(padded_BHWC)[: len(batch)]
+            done += len(batch)
+            if cache and (done - since_part >= PART or done == len(missing)):
+                keys = [source.key for source in missing[since_part:done]]
+                write_part(cache, keys, features_UD[[row_of[key] for key in keys]])
+                since_part = done
+            rate = done / max(time.monotonic() - started, 1e-9)
+            yield Step(done=len(found) + done, total=len(row_of), details={"images_per_s": rate})
+    return features_UD[[row_of[source.key] for source in sources]]
+
+
+def decoded(sources: Sequence[Source], *, size: int, threads: int) -> Iterator[tuple[Sequence[Source], np.ndarray]]:
+    """Batches of sources with their pixels, decoded by threads (Pillow lets go of the GIL) ahead of use."""
+
+    def pixels(source: Source) -> np.ndarray:
+        try:
+            return images.decode(source.path, size)
+        except images.UNREADABLE as error:
+            raise UnreadableImageError(f"image {source.path.name} cannot be read: {error}") from error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        ahead: deque[tuple[Sequence[Source], list[Future[np.ndarray]]]] = deque()
+        try:
+            for start in range(0, len(sources), BATCH):
+                batch = sources[start : start + BATCH]
+                ahead.append((batch, [pool.submit(pixels, source) for source in batch]))
+                if len(ahead) > LOOKAHEAD:
+                    ready, futures = ahead.popleft()
+                    yield ready, np.stack([future.result() for future in futures])
+            while ahead:
+                ready, futures = ahead.popleft()
+                yield ready, np.stack([future.result() for future in futures])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_parts(cache: Path, row_of: dict[str, int], into_UD: np.ndarray) -> Iterator[str]:
+    """Copy what the cache holds of the wanted keys into their rows, and name the keys found."""
+    for keys_path in sorted(cache.glob("part-*.keys")):
+        keys = keys_path.read_text().split("\n")
+        wanted = [(position, row_of[key]) for position, key in enumerate(keys) if key in row_of]
+        if not wanted:
+            continue
+        part_PD = np.load(keys_path.with_suffix(".npy"), mmap_mode="r")
+        positions, rows = zip(*wanted, strict=True)
+        into_UD[list(rows)] = part_PD[list(positions)]
+        yield from (keys[position] for position in positions)
+
+
+def write_part(cache: Path, keys: Sequence[str], features_PD: np.ndarray) -> None:
+    """The features first, the keys after: a part exists from the moment its keys do."""
+    cache.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(keys)
+    part = cache / f"part-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+    write_atomically(part, lambda file: np.save(file, features_PD))
+    write_atomically(part.with_suffix(".keys"), lambda file: file.write(text.encode()))
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

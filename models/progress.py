@@ -1,0 +1,59 @@
+"""From the steps of one stage after another to the progress of the whole job."""
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a stage yields: how far it is, and figures worth showing."""
+
+    done: int
+    total: int
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a grouping is; `fraction` never falls."""
+
+    stage: str  # "features", "training", "baseline" or "representatives"
+    done: int  # within the stage
+    total: int
+    fraction: float  # of the whole job, 0 to 1, by expected cost
+    details: dict[str, float]
+
+
+class Clock:
+    """Times the stages, and weighs their steps by the seconds that each stage is expected to take."""
+
+    def __init__(self, expected_s: dict[str, float]) -> None:
+        self.expected_s = expected_s
+        self.seconds: dict[str, float] = {}
+        self.reached = 0.0
+
+    def follow(self, stage: str, steps: Generator[Step, None, Result]) -> Generator[Progress, None, Result]:
+        """Pass on the steps of a stage as progress of the whole; returns what the stage returns."""
+        started = time.monotonic()
+        try:
+            while True:
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    self.seconds[stage] = round(time.monotonic() - started, 3)
+                    result: Result = end.value
+                    return result
+                yield self.progress(stage, step)
+        finally:
+            steps.close()
+
+    def progress(self, stage: str, step: Step) -> Progress:
+        past_s = sum(self.expected_s[name] for name in self.seconds)
+        now_s = self.expected_s[stage] * step.done / max(step.total, 1)
+        fraction = (past_s + now_s) / sum(self.expected_s.values())
+        self.reached = max(self.reached, min(fraction, 1.0))
+        return Progress(stage=stage, done=step.done, total=step.total, fraction=self.reached, details=step.details)

@@ -1,0 +1,115 @@
+"""The space in which pictures are compared: features centred, reduced and put on the unit sphere.
+
+Letters in shapes: N images, F features of the backbone, D dimensions kept, M neighbours.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from scipy.linalg import eigh
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.nn.functional import normalize
+
+BLOCK = 8192
+# Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
+EXACT_LIMIT = 50_000
+# Up to here k-means looks at every image in every round; above, at batches.
+LLOYD_LIMIT = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Principal axes of a collection's unit features."""
+
+    mean_F: Tensor
+    axes_FD: Tensor
+
+    def project(self, features_NF: np.ndarray) -> Tensor:
+        """Unit vectors of shape (N, D)."""
+        blocks = [(x_BF - self.mean_F) @ self.axes_FD for x_BF in unit_blocks(features_NF)]
+        return normalize(torch.cat(blocks), dim=1)
+
+
+def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
+    """The mean and the `dimensions` main directions of the unit features, fewer where the collection has fewer."""
+    n, size = features_NF.shape
+    total_F = torch.zeros(size, dtype=torch.float64)
+    moment_FF = torch.zeros(size, size)
+    for x_BF in unit_blocks(features_NF):
+        total_F += x_BF.double().sum(dim=0)
+    mean_F = (total_F / n).float()
+    for x_BF in unit_blocks(features_NF):
+        moment_FF += (x_BF - mean_F).T @ (x_BF - mean_F)
+    most = max(1, min(dimensions, n - 1, size))
+    # In double precision, and only the axes that are kept: torch's eigh gives up on few or equal images.
+    variance_D, axes_FD = eigh(moment_FF.double().numpy() / n, subset_by_index=[size - most, size - 1])
+    kept = max(1, int((variance_D > variance_D[-1] * 1e-6).sum()))
+    main_FD = torch.from_numpy(axes_FD[:, most - kept :].copy()).float().flip(1)  # largest variance first
+    return Space(mean_F=mean_F, axes_FD=main_FD.contiguous())
+
+
+def unit_blocks(features_NF: np.ndarray) -> Iterator[Tensor]:
+    """The features as float32 on the unit sphere, some thousand rows at a time."""
+    for start in range(0, len(features_NF), BLOCK):
+        yield normalize(torch.from_numpy(features_NF[start : start + BLOCK].astype(np.float32)), dim=1)
+
+
+def unit(features_NF: np.ndarray) -> np.ndarray:
+    """The features as float32 on the unit sphere."""
+    return np.concatenate([block.numpy() for block in unit_blocks(features_NF)])
+
+
+def neighbour_count(images: int, clusters: int, *, wanted: int) -> int:
+    """How many neighbours vote: no more than a cluster of average size has besides the image itself."""
+    return max(0, min(wanted, images // clusters - 1))
+
+
+def nearest(x_ND: np.ndarray, count: int) -> np.ndarray:
+    """The `count` most similar other images of each image, as indices of shape (N, M), most similar first.
+
+    With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, by an
+    inverted file above; never quadratic in memory.
+    """
+    n, dimensions = x_ND.shape
+    own_N = np.arange(n)
+    if count == 0:
+        return own_N[:, None]
+    index: Any = faiss.IndexFlatIP(dimensions)
+    if n > EXACT_LIMIT:
+        cells = int(4 * n**0.5)
+        index = faiss.IndexIVFFlat(index, dimensions, cells, faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = 1
+        index.train(x_ND[:: max(1, n // (64 * cells))])
+        index.nprobe = max(8, cells // 64)
+    index.add(x_ND)
+    _, found_NM = index.search(x_ND, count + 1)
+    # Copies of an image may come before it: drop the image itself wherever it stands, else the last.
+    found_NM = np.where(found_NM < 0, own_N[:, None], found_NM)
+    itself_NM = found_NM == own_N[:, None]
+    itself_NM[~itself_NM.any(axis=1), -1] = True
+    drop_N = itself_NM.argmax(axis=1)
+    keep_NM = np.arange(count + 1)[None, :] != drop_N[:, None]
+    neighbours_NM: np.ndarray = found_NM[keep_NM].reshape(n, count)
+    return neighbours_NM
+
+
+def k_means(x_ND: np.ndarray, clusters: int, *, rounds: int, seed: int) -> KMeans | MiniBatchKMeans:
+    """k-means from one k-means++ start, the same on every call."""
+    if len(x_ND) <= LLOYD_LIMIT:
+        method = KMeans(clusters, n_init=1, max_iter=rounds, random_state=seed)
+    else:
+        batch = max(4096, 4 * clusters)
+        method = MiniBatchKMeans(clusters, n_init=1, max_iter=rounds, batch_size=batch, random_state=seed)
+    # The threads of scikit-learn add up in the order they finish: a single one gives the same sums each time.
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+        # Fewer different points than clusters leave clusters empty: the report says so to the user.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return method.fit(x_ND)

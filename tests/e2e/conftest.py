@@ -1,0 +1,26 @@
+"""One running service for all end-to-end tests of a worker process."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from app.config import Settings
+from app.up import running_service
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of the whole stack, started as a user starts it, on a data folder of its own."""
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("service"), port=free_port(), database_url=None, broker_url=None
+    )
+    with running_service(settings) as url:
+        yield url

@@ -1,0 +1,104 @@
+"""`kindred cluster` against the running service, and its answers to bad input."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import picture, tar_of, two_kinds, zip_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("service")]
+
+KINDRED = Path(sys.executable).with_name("kindred")
+
+
+def kindred(service: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [KINDRED, *arguments],
+        cwd=cwd,
+        env={**os.environ, "KINDRED_SERVER": service, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_folder_is_grouped_and_its_labels_written(service: str, tmp_path: Path):
+    files = two_kinds(24)
+    for name, content in files.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    done = kindred(
+        service,
+        "cluster",
+        "photos",
+        "--clusters",
+        "2",
+        "--truth",
+        "folder",
+        "-o",
+        "out/labels.csv",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines()))
+    assert {row["filename"] for row in rows} == set(files)
+    assert "scl: ACC 1.000" in done.stdout
+    assert "k-means, same features: ACC" in done.stdout
+    assert str(tmp_path / "out" / "labels.csv") in done.stdout
+    assert "1 other files are not sent" in done.stderr
+
+
+def test_the_same_seed_gives_the_same_labels_twice(service: str, tmp_path: Path):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(40)))
+    for name in ("one.csv", "two.csv"):
+        done = kindred(service, "cluster", "photos.zip", "-k", "3", "--seed", "5", "-o", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    # Image ids are new in a new collection; everything else is the same to the last digit.
+    first, second = (
+        [row[1:] for row in csv.reader((tmp_path / name).read_text().splitlines())] for name in ("one.csv", "two.csv")
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "clusters", "words"),
+    [
+        ("empty.zip", zip_of({}), "2", "empty.zip"),
+        ("texts.zip", zip_of({"a.txt": b"hello", "b.jpg": b"text named jpg"}), "2", "texts.zip"),
+        ("few.tar.gz", tar_of({"a.png": picture(1), "b.png": picture(2)}), "3", "at least 3 images"),
+        ("broken.tar.gz", tar_of(two_kinds(30))[:-2000], "2", "broken.tar.gz"),
+        ("notes.txt", b"hello", "2", "notes.txt is not an archive"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    service: str, tmp_path: Path, name: str, content: bytes, clusters: str, words: str
+):
+    (tmp_path / name).write_bytes(content)
+    done = kindred(service, "cluster", name, "--clusters", clusters, cwd=tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert words in last
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "labels.csv").exists()
+
+
+def test_a_path_that_is_not_there_and_one_cluster(service: str, tmp_path: Path):
+    done = kindred(service, "cluster", "nowhere.zip", "--clusters", "2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: nowhere.zip is neither a folder nor a file\n")
+    done = kindred(service, "cluster", "nowhere.zip", "--clusters", "1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "2<=x<=4096" in done.stderr
+
+
+def test_a_server_that_is_not_there(tmp_path: Path):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(4)))
+    done = kindred("http://127.0.0.1:1", "cluster", "photos.zip", "--clusters", "2", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:1 cannot be reached" in done.stderr

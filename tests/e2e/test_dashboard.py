@@ -1,0 +1,195 @@
+"""The dashboard in a real browser, on the real stack."""
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from tests.pictures import picture, two_kinds, zip_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+WORK_MS = 200_000
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("service"),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
+]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, service: str) -> Iterator[Page]:
+    """A fresh page; whatever the browser complains of on its console fails the test."""
+    context = chromium.new_context(base_url=service)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.expected_complaints = 0
+    yield page
+    context.close()
+    assert len(complaints) == page.expected_complaints, complaints
+
+
+def submit(page: Page, files: list[dict], *, name: str, clusters: int = 2) -> None:
+    page.goto("/")
+    page.locator("#files").set_input_files(files)
+    page.get_by_role("textbox", name="Name").fill(name)
+    page.get_by_role("spinbutton", name="Clusters").fill(str(clusters))
+    page.get_by_role("combobox", name="Method").select_option("kmeans")
+    page.get_by_role("button", name="Upload and group").click()
+
+
+def archive(files: dict[str, bytes]) -> list[dict]:
+    return [{"name": "pictures.zip", "mimeType": "application/zip", "buffer": zip_of(files)}]
+
+
+def is_shown(image: Locator) -> bool:
+    return bool(image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)"))
+
+
+def test_an_archive_becomes_clusters_that_are_deleted_again(page: Page, tmp_path: Path):
+    files = {**two_kinds(60), "again/copy.png": two_kinds(1)["stripes/000.png"], "bad <i>.png": b"no picture"}
+    page.goto("/")
+    page.get_by_label("Folder names are true labels").check()
+    page.locator("#files").set_input_files(archive(files))
+    expect(page.locator("#chosen")).to_contain_text("pictures.zip")
+    page.get_by_role("textbox", name="Name").fill("Journey <b>")
+    page.get_by_role("spinbutton", name="Clusters").fill("2")
+    page.get_by_role("combobox", name="Method").select_option("kmeans")
+    page.get_by_role("button", name="Upload and group").click()
+    page.wait_for_url(re.compile(r"/runs/[0-9a-f-]{36}$"))
+    expect(page.get_by_role("heading", level=1)).to_contain_text("2 clusters")
+    expect(page.locator(".card")).to_have_count(2, timeout=WORK_MS)
+    run_page = page.url
+
+    assert is_shown(page.locator(".card .thumbnail").first)
+    expect(page.locator(".quality")).to_contain_text("ACC")
+    expect(page.locator(".figures")).to_contain_text("60")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="labels.csv").click()
+    download.value.save_as(tmp_path / "labels.csv")
+    with (tmp_path / "labels.csv").open() as rows:
+        labels = list(csv.DictReader(rows))
+    assert {row["filename"] for row in labels} == set(two_kinds(60))
+    with page.expect_download() as download:
+        page.get_by_role("link", name="labels.json").click()
+    download.value.save_as(tmp_path / "labels.json")
+    assert len(json.loads((tmp_path / "labels.json").read_text())["items"]) == 60
+
+    page.locator(".card h3 a").first.click()
+    page.wait_for_url("**/clusters/0")
+    largest = sum(row["cluster"] == "0" for row in labels)
+    expect(page.locator(".members li")).to_have_count(largest)
+    assert is_shown(page.locator(".members .thumbnail").first)
+
+    page.goto(run_page)
+    page.get_by_text("Run again with other parameters").click()
+    page.get_by_role("spinbutton", name="Clusters").fill("3")
+    page.get_by_role("button", name="Start run").click()
+    page.wait_for_url(lambda url: url != run_page)
+    expect(page.locator(".card")).to_have_count(3, timeout=WORK_MS)
+
+    page.locator(".breadcrumb a").nth(1).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Journey <b>")
+    expect(page.locator(".run-line")).to_have_count(2)
+    page.get_by_role("link", name="1 rejected").click()
+    expect(page.locator(".ledger tbody tr")).to_have_count(1)
+    expect(page.locator(".ledger")).to_contain_text("bad <i>.png")
+    page.go_back()
+    page.get_by_role("button", name="Delete this collection").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/")
+    expect(page.get_by_text("Journey <b>")).to_have_count(0)
+
+
+def test_what_is_no_archive_is_refused_in_words_and_the_form_stays(page: Page):
+    page.expected_complaints = 1  # the browser logs every answer with an error status
+    submit(page, [{"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"}], name="Kept")
+    expect(page.get_by_role("alert").first).to_contain_text("notes.txt is not an archive")
+    expect(page.get_by_role("textbox", name="Name")).to_have_value("Kept")
+    expect(page.get_by_role("button", name="Upload and group")).to_be_visible()
+
+
+def test_a_run_that_cannot_be_says_why(page: Page):
+    submit(page, archive(two_kinds(4)), name="Too few", clusters=9)
+    page.wait_for_url(re.compile(r"/runs/"))
+    expect(page.get_by_role("heading", name="This run has failed")).to_be_visible(timeout=WORK_MS)
+    expect(page.locator(".failure")).to_contain_text("9 clusters need at least 9 images")
+
+
+def test_a_run_is_cancelled_from_its_page(page: Page):
+    page.goto("/")
+    page.locator("#files").set_input_files(archive({f"{n}.png": picture(n) for n in range(600)}))
+    page.get_by_role("spinbutton", name="Clusters").fill("10")
+    page.get_by_text("More settings").click()
+    page.get_by_label("Image size").fill("448")
+    page.get_by_role("button", name="Upload and group").click()
+    page.wait_for_url(re.compile(r"/runs/"))
+    expect(page.locator("#step-run")).to_contain_text("Looking at every image", timeout=WORK_MS)
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("heading", name="This run was cancelled")).to_be_visible(timeout=30_000)
+
+
+def test_a_dropped_folder_keeps_its_names(page: Page, service: str):
+    page.goto("/")
+    # A drop as the browser makes it, but for the folder: scripts cannot make directory entries.
+    page.evaluate(
+        """() => {
+            const file = (name) => ({ isFile: true, fullPath: `/pets/${name}`,
+                file: (resolve) => resolve(new File(['x'.repeat(1000)], name)) });
+            const batches = [[file('a.png')], [file('b.png')], []];
+            const readEntries = (resolve) => resolve(batches.shift());
+            const folder = { isFile: false, createReader: () => ({ readEntries }) };
+            const event = new Event('drop', { bubbles: true, cancelable: true });
+            event.dataTransfer = { types: ['Files'], items: [{ webkitGetAsEntry: () => folder }] };
+            document.getElementById('drop').dispatchEvent(event);
+        }"""
+    )
+    expect(page.locator("#chosen")).to_have_text("2 files, 2.0 kB")
+    with page.expect_request("**/v1/cluster") as request:
+        page.get_by_role("button", name="Upload and group").click()
+    page.wait_for_url(re.compile(r"/runs/"))
+    assert request.value.method == "POST"
+    expect(page.get_by_role("heading", name="This run has failed")).to_be_visible(timeout=WORK_MS)
+    page.get_by_role("link", name="What became of each uploaded file").click()
+    expect(page.locator(".ledger")).to_contain_text("pets/a.png")
+
+
+@pytest.mark.parametrize("width", [360, 768, 1600])
+def test_no_page_is_wider_than_the_window(page: Page, width: int):
+    page.set_viewport_size({"width": width, "height": 800})
+    for path in ("/", *page_links(page)):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+
+
+def page_links(page: Page) -> list[str]:
+    """The pages that the first page leads to, and those behind them."""
+    seen: list[str] = []
+    for path in ("/", *links(page, "/")):
+        seen += [found for found in links(page, path) if found not in seen]
+    return seen
+
+
+def links(page: Page, path: str) -> list[str]:
+    page.goto(path)
+    found = page.locator("main a[href^='/']:not([href^='/v1'])").evaluate_all("all => all.map(a => a.pathname)")
+    return sorted(set(found))[:6]

@@ -1,0 +1,118 @@
+"""Metrics, assignment and representatives, each against a calculation by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import metrics, representatives
+from models.assign import assign, by_size
+from models.fit import agreement, seed_of
+
+
+def test_accuracy_matches_clusters_to_classes_once():
+    # clusters 1 and 2 both hold class b: only the larger may claim it
+    truth = ["a", "a", "a", "b", "b", "b", "b", "b"]
+    labels_N = np.array([0, 0, 1, 1, 1, 1, 2, 2])
+    found = metrics.quality(truth, labels_N)
+    assert found["acc"] == pytest.approx(5 / 8)
+
+
+def test_a_renamed_truth_is_perfect():
+    found = metrics.quality(["x", "y", "y", "z"], np.array([2, 0, 0, 1]))
+    assert found == {"acc": 1.0, "nmi": pytest.approx(1.0), "ari": 1.0}
+
+
+def test_more_clusters_than_classes_can_be_scored():
+    assert metrics.accuracy(np.array([0, 0, 0, 0]), np.array([0, 1, 2, 2])) == 0.5
+
+
+def test_balance_is_the_entropy_in_units_of_its_maximum():
+    assert metrics.balance([5, 5, 5, 5]) == pytest.approx(1)
+    assert metrics.balance([5, 5, 0, 0]) == pytest.approx(0.5)
+    assert metrics.balance([9, 0]) == 0
+
+
+def test_collapse_and_empty_clusters_are_named():
+    assert metrics.warnings([10, 9, 8]) == []
+    codes = [warning["code"] for warning in metrics.warnings([98, 2, 0])]
+    assert codes == ["empty_clusters", "collapse"]
+    assert "98%" in metrics.warnings([98, 2, 0])[1]["message"]
+
+
+def test_two_witnesses_by_hand():
+    p_BK, q_BK = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.5, 0.3]])
+    found = assign(p_BK, q_BK)  # products 0.12, 0.15, 0.03 of 0.30
+    assert (found.labels_N[0], found.runner_up_N[0], found.consensus_N[0]) == (1, 0, False)
+    assert found.confidence_N[0] == pytest.approx(0.5)
+    assert found.margin_N[0] == pytest.approx(0.1)
+    assert assign(p_BK, q_BK, rule="similarity").labels_N[0] == 0
+    assert assign(p_BK, q_BK, rule="boundary").confidence_N[0] == pytest.approx(0.5)
+
+
+def test_witnesses_who_exclude_each_other_leave_it_to_the_boundaries():
+    found = assign(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    assert found.labels_N[0] == 1
+    assert math.isfinite(found.confidence_N[0])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=50))
+def test_clusters_are_named_by_size(labels):
+    renamed = by_size(np.array(labels), 5)[np.array(labels)]
+    sizes = np.bincount(renamed, minlength=5)
+    assert (np.diff(sizes) <= 0).all()
+    assert len(set(zip(labels, renamed.tolist(), strict=True))) == len(set(labels))
+    assert all(a != b or list(renamed).index(i) < list(renamed).index(i + 1) for i, (a, b) in pairs_in_use(sizes))
+
+
+def pairs_in_use(sizes):
+    return [(i, pair) for i, pair in enumerate(itertools.pairwise(sizes)) if pair[1] > 0]
+
+
+def test_agreement_of_restarts():
+    a, b = np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0])
+    assert agreement([a]) is None
+    assert agreement([a, b, a]) == 1
+    assert len({seed_of(seed, restart) for seed in range(5) for restart in range(5)}) == 25
+
+
+def on_circle(degrees):
+    radians = np.deg2rad(np.asarray(degrees, np.float32))
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1)
+
+
+def test_typicality_is_the_cosine_to_the_mean_direction():
+    x_ND, labels_N = on_circle([0, 90, 180]), np.array([0, 0, 1])
+    centre_KD = representatives.centres(x_ND, labels_N, 3)
+    np.testing.assert_allclose(centre_KD, [*on_circle([45, 180]), [0, 0]], atol=1e-6)
+    typicality_N = representatives.typicality(x_ND, labels_N, centre_KD)
+    np.testing.assert_allclose(typicality_N, [math.sqrt(0.5), math.sqrt(0.5), 1], rtol=1e-6)
+    found = representatives.cohesion(typicality_N, labels_N, 3)
+    np.testing.assert_allclose(found, [math.sqrt(0.5), 1, 0], rtol=1e-6)
+
+
+def test_representatives_are_typical_diverse_and_never_twice():
+    # 60 copies of the centre must not fill the row: an image 10 degrees away comes in.
+    x_ND = on_circle([0] * 60 + [10, -10] * 20)
+    labels_N = np.zeros(100, np.int64)
+    centre_KD = representatives.centres(x_ND, labels_N, 2)
+    typicality_N = representatives.typicality(x_ND, labels_N, centre_KD)
+    chosen, none = representatives.choose(x_ND, labels_N, typicality_N, 2)
+    assert none == []
+    assert len(chosen) == len(set(chosen)) == 12
+    assert (np.diff(typicality_N[chosen]) <= 1e-6).all()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_a_cluster_is_shown_by_its_own_members(labels):
+    labels_N = np.array(labels)
+    x_ND = on_circle(np.random.default_rng(0).uniform(0, 360, len(labels)))
+    centre_KD = representatives.centres(x_ND, labels_N, 4)
+    typicality_N = representatives.typicality(x_ND, labels_N, centre_KD)
+    for cluster, rows in enumerate(representatives.choose(x_ND, labels_N, typicality_N, 4)):
+        assert len(rows) == len(set(rows)) == min(12, labels.count(cluster))
+        assert all(labels[row] == cluster for row in rows)

@@ -1,0 +1,427 @@
+"""Ingest on real PostgreSQL, with real decoding processes."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+from sqlalchemy import select
+
+from app import storage
+from app.config import settings
+from app.db.session import open_session
+from app.db.tables import Image, Run, Upload, UploadFile
+from app.services import collections, jobs, uploads
+from app.services.uploads import ReceivedPart
+from tests.pictures import picture, tar_of, two_kinds, zip_of
+from worker import ingest as ingest_module
+from worker.ingest import ingest
+
+pytestmark = pytest.mark.usefixtures("database")
+
+
+def queued(*parts: tuple[str, bytes], collection_id: uuid.UUID | None = None) -> uuid.UUID:
+    upload_id = uuid.uuid4()
+    storage.incoming(upload_id).mkdir(parents=True)
+    for number, (_, content) in enumerate(parts):
+        storage.incoming_part(upload_id, number).write_bytes(content)
+    with open_session() as session:
+        target = collection_id or collections.create(session, "test").id
+        session.flush()
+        received = [ReceivedPart(filename=name, bytes=len(content)) for name, content in parts]
+        uploads.create(session, upload_id, target, received)
+        session.commit()
+    return upload_id
+
+
+def run(upload_id: uuid.UUID) -> Upload:
+    ingest(upload_id, threading.Event())
+    return read(upload_id)
+
+
+def read(upload_id: uuid.UUID) -> Upload:
+    with open_session() as session:
+        return uploads.get(session, upload_id)
+
+
+def ledger(upload_id: uuid.UUID) -> list[tuple[str, str, str | None]]:
+    with open_session() as session:
+        rows = session.scalars(
+            select(UploadFile).where(UploadFile.upload_id == upload_id).order_by(UploadFile.position)
+        )
+        return [(row.filename, row.outcome, row.reason_code) for row in rows]
+
+
+def images() -> list[Image]:
+    with open_session() as session:
+        return list(session.scalars(select(Image).order_by(Image.number)))
+
+
+def assert_files_match_rows() -> None:
+    """Every row has its two files, and nothing else lies in the data folder."""
+    expected = set()
+    for image in images():
+        expected |= {
+            storage.original(image.collection_id, image.sha256),
+            storage.thumbnail(image.collection_id, image.sha256),
+        }
+    assert {path for path in settings().data_dir.resolve().rglob("*") if path.is_file()} == expected
+
+
+def encoded(image: Pillow.Image, encoding: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, encoding, **options)
+    return buffer.getvalue()
+
+
+def test_every_file_gets_its_row():
+    jpeg = picture(1, size=(300, 200), encoding="JPEG")
+    upload = run(
+        queued(
+            (
+                "all.zip",
+                zip_of(
+                    {
+                        "good/1.png": picture(2),
+                        "cut.jpg": jpeg[:3000],
+                        "text.jpg": b"hello",
+                        "empty.png": b"",
+                        "good/same.png": picture(2),
+                        "text again.jpg": b"hello",
+                        "__MACOSX/x": b"",
+                        "../up.png": picture(3),
+                        "inner.zip": b"PK",
+                    }
+                ),
+            )
+        )
+    )
+    assert upload.state == "succeeded"
+    assert ledger(upload.id) == [
+        ("good/1.png", "accepted", None),
+        ("cut.jpg", "rejected", "truncated"),
+        ("text.jpg", "rejected", "not-an-image"),
+        ("empty.png", "rejected", "empty-file"),
+        ("good/same.png", "duplicate", None),
+        ("text again.jpg", "rejected", "not-an-image"),
+        ("up.png", "accepted", None),
+        ("inner.zip", "rejected", "archive-in-archive"),
+    ]
+    assert (upload.received, upload.accepted, upload.duplicate, upload.rejected, upload.ignored) == (8, 2, 1, 5, 1)
+    assert_files_match_rows()
+
+
+def test_many_parts_may_be_images_and_archives():
+    upload = run(
+        queued(
+            ("folder/a.png", picture(1)),
+            ("b.tar.gz", tar_of({"x/c.png": picture(2)})),
+            ("d.txt", b"hello"),
+        )
+    )
+    assert ledger(upload.id) == [
+        ("folder/a.png", "accepted", None),
+        ("x/c.png", "accepted", None),
+        ("d.txt", "rejected", "not-an-image"),
+    ]
+
+
+def test_sending_it_again_adds_no_image():
+    content = zip_of(two_kinds(6))
+    first = run(queued(("a.zip", content)))
+    second = run(queued(("a.zip", content), collection_id=first.collection_id))
+    assert (second.state, second.accepted, second.duplicate) == ("succeeded", 0, 6)
+    assert len(images()) == 6
+    assert_files_match_rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("empty.zip", zip_of({}), "empty-archive"),
+        ("junk.zip", zip_of({".DS_Store": b""}), "empty-archive"),
+        ("texts.zip", zip_of({"a.txt": b"a", "b.jpg": b"b"}), "no-images"),
+        ("cut.tar.gz", tar_of(two_kinds(30))[:-500], "archive-damaged"),
+        ("cut.zip", zip_of(two_kinds(3))[:-30], "archive-damaged"),
+    ],
+)
+def test_an_upload_that_fails_says_why_and_leaves_nothing(name: str, content: bytes, code: str):
+    upload = run(queued((name, content)))
+    assert upload.state == "failed"
+    assert upload.problem is not None
+    assert upload.problem["code"] == code
+    assert name in upload.problem["detail"]
+    assert images() == []
+    assert {outcome for _, outcome, _ in ledger(upload.id)} <= {"rejected"}
+    assert upload.rejected == upload.received == len(ledger(upload.id))
+    assert_files_match_rows()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "code"),
+    [("MAX_UPLOAD_FILES", "3", "too-many-files"), ("MAX_UNPACKED_BYTES", "5000", "too-large")],
+)
+def test_limits_of_an_upload(monkeypatch: pytest.MonkeyPatch, setting: str, value: str, code: str):
+    monkeypatch.setenv(f"KINDRED_{setting}", value)
+    settings.cache_clear()
+    upload = run(queued(("a.zip", zip_of(two_kinds(8)))))
+    assert upload.problem is not None
+    assert upload.problem["code"] == code
+    assert value in upload.problem["detail"]
+    assert_files_match_rows()
+
+
+def test_limits_of_an_image(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KINDRED_MAX_IMAGE_PIXELS", "2000")
+    monkeypatch.setenv("KINDRED_MAX_IMAGE_BYTES", "9000")
+    settings.cache_clear()
+    files = {"ok.png": picture(1), "wide.png": picture(2, size=(50, 41)), "fat.png": picture(3, size=(80, 80))}
+    upload = run(queued(("a.zip", zip_of(files))))
+    assert [row[2] for row in ledger(upload.id)] == [None, "too-many-pixels", "too-many-bytes"]
+
+
+RED = (200, 30, 40)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "image"),
+    [
+        ("JPEG", Pillow.new("RGB", (60, 40), RED)),
+        ("JPEG", Pillow.new("CMYK", (60, 40), (55, 225, 215, 0))),
+        ("PNG", Pillow.new("RGB", (60, 40), RED).convert("P")),
+        ("PNG", Pillow.new("RGBA", (60, 40), (*RED, 255))),
+        ("WEBP", Pillow.new("RGB", (60, 40), RED)),
+        ("GIF", Pillow.new("RGB", (60, 40), RED)),
+        ("BMP", Pillow.new("RGB", (60, 40), RED)),
+        ("TIFF", Pillow.new("RGB", (60, 40), RED)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.mode,
+)
+def test_every_format_becomes_an_rgb_thumbnail(encoding: str, image: Pillow.Image):
+    upload = run(queued(("picture", encoded(image, encoding))))
+    assert ledger(upload.id) == [("picture", "accepted", None)]
+    (row,) = images()
+    assert (row.format, row.width, row.height) == (encoding, 60, 40)
+    with Pillow.open(storage.thumbnail(row.collection_id, row.sha256)) as thumbnail:
+        assert (thumbnail.format, thumbnail.mode, thumbnail.size) == ("JPEG", "RGB", (60, 40))
+        seen = np.asarray(thumbnail, dtype=int).mean(axis=(0, 1))
+    assert np.abs(seen - np.array(RED)).max() < 30
+
+
+def test_transparency_is_white_and_16_bits_are_gray():
+    clear = Pillow.new("RGBA", (10, 10), (0, 0, 0, 0))
+    deep = Pillow.fromarray(np.full((10, 10), 0x8000, dtype=np.uint16))
+    run(queued(("clear.png", encoded(clear, "PNG")), ("deep.png", encoded(deep, "PNG"))))
+    means = []
+    for row in images():
+        with Pillow.open(storage.thumbnail(row.collection_id, row.sha256)) as thumbnail:
+            means.append(float(np.asarray(thumbnail).mean()))
+    assert means == pytest.approx([255, 128], abs=2)
+
+
+def test_orientation_is_applied_and_metadata_left_out():
+    exif = Pillow.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x010E] = "secret place"
+    content = encoded(Pillow.new("RGB", (600, 400), RED), "JPEG", exif=exif)
+    run(queued(("turned.jpg", content)))
+    (row,) = images()
+    assert (row.width, row.height) == (400, 600)
+    thumbnail = storage.thumbnail(row.collection_id, row.sha256)
+    with Pillow.open(thumbnail) as seen:
+        assert seen.size == (171, 256)
+        assert not seen.getexif()
+    assert b"secret" not in thumbnail.read_bytes()
+
+
+def test_archives_are_known_by_their_content_and_refused_inside_one():
+    inner = zip_of({"a.png": picture(1)})
+    upload = run(queued(("a.zip", zip_of({"a.jpg": inner, "b.png": picture(2), "c.png": tar_of({"x": b"y"})}))))
+    assert [code for _, _, code in ledger(upload.id)] == ["archive-in-archive", None, "archive-in-archive"]
+
+
+def test_a_run_that_waits_for_a_failed_upload_fails_too():
+    upload_id = queued(("a.zip", zip_of({"a.txt": b"a"})))
+    with open_session() as session:
+        collection_id = uploads.get(session, upload_id).collection_id
+        waiting = Run(id=uuid.uuid4(), collection_id=collection_id, upload_id=upload_id, parameters={})
+        session.add(waiting)
+        session.commit()
+    problem = run(upload_id).problem
+    with open_session() as session:
+        failed = session.get(Run, waiting.id)
+        assert failed is not None
+        assert (failed.state, failed.problem["code"]) == ("failed", "upload-failed")
+        assert problem["detail"] in failed.problem["detail"]
+
+
+def test_a_failed_upload_spares_the_images_of_the_ones_before():
+    first = run(queued(("a.zip", zip_of(two_kinds(6)))))
+    files = two_kinds(30) | {"text.txt": b"t"}
+    content = tar_of(dict(reversed(files.items())))[:-300]
+    second = run(queued(("b.tar.gz", content), collection_id=first.collection_id))
+    assert second.state == "failed"
+    assert len(images()) == 6
+    assert ledger(second.id) == [("text.txt", "rejected", "not-an-image")]
+    assert (second.received, second.rejected, second.accepted, second.duplicate) == (1, 1, 0, 0)
+    assert_files_match_rows()
+
+
+def test_files_that_an_attempt_left_without_rows_go_with_the_failed_upload():
+    upload_id = queued(("a.zip", zip_of({"a.txt": b"a"})))
+    with open_session() as session:
+        upload = uploads.get(session, upload_id)
+        upload.attempt = 1
+        session.commit()
+    for path in (storage.original, storage.thumbnail):
+        stranger = path(upload.collection_id, "ab" * 32)
+        stranger.parent.mkdir(parents=True)
+        stranger.write_bytes(b"left")
+    assert run(upload_id).state == "failed"
+    assert_files_match_rows()
+
+
+def test_an_attempt_that_lost_its_upload_leaves_everything_to_the_next(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KINDRED_HEARTBEAT_S", "0.001")
+    settings.cache_clear()
+    upload_id = queued(("a.zip", zip_of(two_kinds(200))))
+    taken = threading.Event()
+    take = ingest_module._Ingest._take
+
+    def take_over(self: object, position: int, entry: object) -> object:
+        if position == 100 and not taken.is_set():
+            taken.set()
+            with open_session() as session:
+                upload = uploads.get(session, upload_id)
+                upload.attempt += 1
+                session.commit()
+        return take(self, position, entry)
+
+    monkeypatch.setattr(ingest_module._Ingest, "_take", take_over)
+    lost = run(upload_id)
+    assert taken.is_set()
+    assert (lost.state, lost.received, ledger(upload_id)) == ("running", 0, [])
+    assert storage.incoming_part(upload_id, 0).exists()
+    with open_session() as session:
+        jobs.expire(session, Upload, upload_id, lost.attempt)
+        jobs.requeue_lost(session, Upload)
+        session.commit()
+    assert run(upload_id).accepted == 200
+    assert_files_match_rows()
+
+
+def test_a_lying_size_is_met_by_counting(monkeypatch: pytest.MonkeyPatch):
+    """A stream of zeros behind the start of a picture; the tar says so, a zip would not have to."""
+    monkeypatch.setenv("KINDRED_MAX_IMAGE_BYTES", "50000")
+    settings.cache_clear()
+    content = bytearray(zip_of({"lies.png": picture(1)[:100] + bytes(300_000), "good.png": picture(2)}))
+    size = (300_100).to_bytes(4, "little")
+    content = content.replace(size, (40_000).to_bytes(4, "little"))
+    upload = run(queued(("a.zip", bytes(content))))
+    assert [code for name, _, code in ledger(upload.id) if name == "good.png"] == [None]
+    assert ledger(upload.id)[0][1] == "rejected"
+    assert_files_match_rows()
+
+
+def test_a_disk_that_is_full_fails_the_upload_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int, block: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ingest_module, "_write_all", full)
+    upload = run(queued(("a.zip", zip_of(two_kinds(6)))))
+    assert upload.state == "failed"
+    assert upload.problem["code"] == "storage-full"
+    assert_files_match_rows()
+
+
+def decoders_of(parent: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(parent), "-f", "worker.decode"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def test_a_killed_decoder_costs_no_file():
+    upload_id = queued(("a.zip", zip_of({f"{n}.png": picture(n, size=(600, 600)) for n in range(60)})))
+    thread = threading.Thread(target=ingest, args=(upload_id, threading.Event()))
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not (children := decoders_of(os.getpid())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(children[0], signal.SIGKILL)
+    thread.join(60)
+    upload = read(upload_id)
+    assert (upload.state, upload.accepted) == ("succeeded", 60)
+
+
+def test_a_slow_picture_is_given_up_and_the_rest_go_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KINDRED_DECODE_TIMEOUT_S", "1.5")
+    settings.cache_clear()
+    # 10,000 x 10,000 pixels that compress to little and take long.
+    slow = encoded(Pillow.new("RGB", (9900, 9900), RED), "PNG", compress_level=1)
+    upload = run(queued(("slow.png", slow), ("good.png", picture(1))))
+    outcomes = {name: code for name, _, code in ledger(upload.id)}
+    assert outcomes["good.png"] is None
+    assert outcomes["slow.png"] in (None, "decoder-timeout", "too-much-memory")
+
+
+KILLED_INGEST = """
+import sys, threading, uuid
+from worker import ingest
+ingest._BATCH_FILES = 20
+ingest.ingest(uuid.UUID(sys.argv[1]), threading.Event())
+"""
+
+
+def test_an_ingest_that_is_killed_goes_on_without_double_rows(monkeypatch: pytest.MonkeyPatch):
+    files = {f"{n}.png": picture(n, size=(300, 300)) for n in range(200)} | {"twice.png": picture(7, size=(300, 300))}
+    upload_id = queued(("a.zip", zip_of(files)))
+    process = subprocess.Popen([sys.executable, "-c", KILLED_INGEST, str(upload_id)])
+    deadline = time.monotonic() + 60
+    while read(upload_id).accepted < 20:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    half = read(upload_id)
+    assert half.state == "running"
+    assert 0 < half.accepted < 200
+    with open_session() as session:
+        jobs.expire(session, Upload, upload_id, half.attempt)
+        jobs.requeue_lost(session, Upload)
+        session.commit()
+    upload = run(upload_id)
+    assert (upload.state, upload.accepted, upload.duplicate) == ("succeeded", 200, 1)
+    assert [image.filename for image in images()] == list(files)[:200]
+    assert ledger(upload_id) == [(name, "accepted", None) for name in list(files)[:200]] + [
+        ("twice.png", "duplicate", None)
+    ]
+    assert_files_match_rows()
+
+
+def test_a_worker_that_is_told_to_stop_gives_the_upload_back():
+    upload_id = queued(("a.zip", zip_of(two_kinds(6))))
+    stop = threading.Event()
+    stop.set()
+    ingest(upload_id, stop)
+    assert read(upload_id).state == "queued"
+    assert run(upload_id).accepted == 6
+    assert_files_match_rows()
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path):
+    upload_id = queued(("a.zip", zip_of(two_kinds(2))))
+    storage.remove(storage.incoming(upload_id))
+    upload = run(upload_id)
+    assert upload.problem is not None
+    assert upload.problem["code"] == "upload-lost"

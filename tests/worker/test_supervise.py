@@ -1,0 +1,232 @@
+"""Runs under supervision: real trainer processes, real PostgreSQL, no queue in between."""
+
+import hashlib
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, select, text
+
+from app import storage
+from app.db.session import open_session
+from app.db.tables import Assignment, Image, Run, Upload
+from app.services import collections, results, runs
+from tests.pictures import picture
+from worker.supervise import supervise
+from worker.sweep import sweep
+
+pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]
+
+
+def collection_of(count: int) -> uuid.UUID:
+    """A collection with `count` pictures of two kinds, as an ingest leaves it."""
+    with open_session() as session:
+        collection = collections.create(session, "pictures")
+        upload = Upload(
+            id=uuid.uuid4(), collection_id=collection.id, bytes=0, state="succeeded", finished_at=func.now()
+        )
+        session.add(upload)
+        session.flush()
+        for number in range(count):
+            content = picture(number, kind=number % 2)
+            sha256 = hashlib.sha256(content).hexdigest()
+            with storage.atomic_write(storage.original(collection.id, sha256)) as file:
+                file.write(content)
+            session.add(
+                Image(
+                    id=uuid.uuid4(),
+                    collection_id=collection.id,
+                    upload_id=upload.id,
+                    sha256=sha256,
+                    filename=f"kind-{number % 2}/{number}.png",
+                    format="PNG",
+                    width=40,
+                    height=30,
+                    bytes=len(content),
+                )
+            )
+            session.flush()
+        session.commit()
+        return collection.id
+
+
+def new_run(collection_id: uuid.UUID, **parameters: object) -> uuid.UUID:
+    with open_session() as session:
+        run = runs.create(session, collection_id, runs.Parameters(**{"clusters": 2, **parameters}))
+        session.commit()
+        return run.id
+
+
+def read(run_id: uuid.UUID) -> Run:
+    with open_session() as session:
+        return runs.get(session, run_id)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> object:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
+
+
+def trainers() -> list[int]:
+    """Process ids of the trainers that this process has started and that live."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"worker.trainer" in command and parent == os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+def in_background(run_id: uuid.UUID, stop: threading.Event | None = None) -> threading.Thread:
+    thread = threading.Thread(target=supervise, args=(run_id, stop or threading.Event()))
+    thread.start()
+    return thread
+
+
+def test_a_run_ends_with_labels_for_every_image():
+    run_id = new_run(collection_of(20), truth="folder")
+    supervise(run_id, threading.Event())
+    run = read(run_id)
+    assert run.state == "succeeded", run.problem
+    assert run.metrics is not None
+    assert run.metrics["quality"]["acc"] == 1.0
+    assert run.metrics["baseline"]["quality"]["acc"] == 1.0
+    assert run.parameters["epochs"] is not None
+    assert run.provenance is not None
+    assert len(run.provenance["backbone_sha256"]) == 64
+    with open_session() as session:
+        assert results.sizes(session, run_id) == [10, 10]
+        assert session.scalar(select(func.count()).select_from(Assignment)) == 20
+        header, *rows = b"".join(results.labels_csv(session, run_id)).decode().splitlines()
+    assert header.split(",") == list(results.LABEL_COLUMNS)
+    assert [row.split(",")[1] for row in rows] == [f"kind-{n % 2}/{n}.png" for n in range(20)]
+    assert sorted(path.suffix for path in storage.run(run_id).glob("model.*")) == [".json", ".safetensors"]
+
+
+def test_a_second_message_does_nothing():
+    run_id = new_run(collection_of(8), method="kmeans")
+    supervise(run_id, threading.Event())
+    before = read(run_id)
+    supervise(run_id, threading.Event())
+    after = read(run_id)
+    assert (after.attempt, after.finished_at) == (before.attempt, before.finished_at)
+
+
+def test_a_killed_trainer_is_tried_again_and_after_three_times_given_up():
+    collection_id = collection_of(8)
+    run_id = new_run(collection_id, method="kmeans")
+    for attempt in (1, 2, 3):
+        thread = in_background(run_id)
+        (trainer,) = wait_for(trainers)
+        os.kill(trainer, signal.SIGKILL)
+        thread.join(30)
+        run = read(run_id)
+        assert (run.attempt, run.lost_attempts) == (attempt, attempt)
+        assert run.state == ("queued" if attempt < 3 else "failed")
+    assert run.problem is not None
+    assert run.problem["code"] == "worker_lost"
+    # Once more, undisturbed: the collection is none the worse.
+    again = new_run(collection_id, method="kmeans")
+    supervise(again, threading.Event())
+    assert read(again).state == "succeeded"
+
+
+def test_a_cancelled_run_leaves_no_process():
+    run_id = new_run(collection_of(60), image_size=512)
+    thread = in_background(run_id)
+    wait_for(trainers)
+    with open_session() as session:
+        runs.cancel(session, run_id)
+        session.commit()
+    asked = time.monotonic()
+    thread.join(20)
+    assert time.monotonic() - asked < 20
+    assert read(run_id).state == "cancelled"
+    assert trainers() == []
+    with open_session() as session:
+        assert results.sizes(session, run_id) == []
+
+
+def test_a_worker_that_is_told_to_stop_gives_its_run_back():
+    run_id = new_run(collection_of(60), image_size=512)
+    stop = threading.Event()
+    thread = in_background(run_id, stop)
+    wait_for(trainers)
+    stop.set()
+    thread.join(30)
+    run = read(run_id)
+    assert (run.state, run.lost_attempts) == ("queued", 0)
+    assert trainers() == []
+
+
+def test_a_run_that_another_worker_took_over_is_left_alone():
+    run_id = new_run(collection_of(60), image_size=512)
+    thread = in_background(run_id)
+    wait_for(trainers)
+    with open_session() as session:
+        session.execute(text("UPDATE runs SET attempt = attempt + 1"))
+        session.commit()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert trainers() == []
+    run = read(run_id)
+    assert (run.state, run.attempt) == ("running", 2)
+
+
+def test_images_that_all_look_the_same_fail_in_words_or_finish_with_a_warning():
+    """Every picture is another file with the same pixels: nothing to tell apart."""
+    with open_session() as session:
+        collection = collections.create(session, "the same")
+        upload = Upload(
+            id=uuid.uuid4(), collection_id=collection.id, bytes=0, state="succeeded", finished_at=func.now()
+        )
+        session.add(upload)
+        session.flush()
+        for number in range(6):
+            content = picture(0) + bytes([number])
+            sha256 = hashlib.sha256(content).hexdigest()
+            with storage.atomic_write(storage.original(collection.id, sha256)) as file:
+                file.write(content)
+            session.add(
+                Image(
+                    id=uuid.uuid4(), collection_id=collection.id, upload_id=upload.id, sha256=sha256,
+                    filename=f"{number}.png", format="PNG", width=40, height=30, bytes=len(content),
+                )
+            )  # fmt: skip
+        session.commit()
+    run_id = new_run(collection.id)
+    supervise(run_id, threading.Event())
+    run = read(run_id)
+    if run.state == "failed":
+        assert run.problem is not None
+        assert run.problem["code"] == "invalid-collection"
+    else:
+        assert run.metrics is not None
+        assert run.metrics["warnings"]
+
+
+def test_a_lease_that_ran_out_is_found_by_the_sweeper():
+    run_id = new_run(collection_of(4), method="kmeans")
+    with open_session() as session:
+        session.execute(text("UPDATE runs SET state = 'running', attempt = 1, lease_until = now() - interval '1 s'"))
+        session.commit()
+    sweep()
+    run = read(run_id)
+    assert (run.state, run.lost_attempts) == ("queued", 1)
+    supervise(run_id, threading.Event())
+    assert read(run_id).state == "succeeded"

@@ -1,0 +1,305 @@
+"""Claim a run, start the trainer process, record its progress, store its results.
+
+The trainer knows no database; this side knows no torch. They speak by a folder and by JSON lines.
+"""
+
+import json
+import os
+import queue as queues
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import queue, storage
+from app.config import settings
+from app.db.session import open_session
+from app.db.tables import Run
+from app.services import jobs, results, runs
+from app.services.results import AssignmentRow, ClusterRow
+
+log = structlog.get_logger(__name__)
+
+_TICK_S = 0.5
+_PROGRESS_EVERY_S = 1.0
+_TERMINATE_S = 15.0
+_LOG_TAIL = 4000
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """One execution of a run, as this worker sees it."""
+
+    run_id: uuid.UUID
+    number: int
+    folder: Path
+    image_ids: list[uuid.UUID]
+    news: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, str] | None = None
+
+
+class _Lost(Exception):
+    """The run is no longer this attempt's."""
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class _Stopping(Exception):
+    """The worker is told to stop."""
+
+
+def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
+    """Execute one attempt of a run, unless somebody else has it or it is over."""
+    with open_session() as session:
+        run = jobs.claim(session, Run, run_id)
+        if run is None:
+            log.info("nothing_to_claim", run=str(run_id))
+            return
+        images = runs.trainer_images(session, run.collection_id)
+        parameters, number = dict(run.parameters), run.attempt
+        collection_id = run.collection_id
+        session.commit()
+    log.info("run_claimed", run=str(run_id), attempt=number, images=len(images))
+    attempt = _Attempt(
+        run_id=run_id, number=number, folder=storage.run(run_id), image_ids=[image[0] for image in images]
+    )
+    if len(images) < parameters["clusters"]:
+        error = runs.too_few_images(parameters["clusters"], len(images))
+        _end(attempt, {"code": error.code, "detail": error.detail})
+        return
+    _write_specification(attempt, collection_id, images, parameters)
+    try:
+        status = _watch(attempt, stop)
+    except _Lost:
+        log.warning("run_lost", run=str(run_id), attempt=number)
+    except _Cancelled:
+        with open_session() as session:
+            jobs.end_cancelled(session, run_id, number)
+            session.commit()
+        log.info("run_cancelled", run=str(run_id), attempt=number)
+    except _Stopping:
+        with open_session() as session:
+            jobs.release(session, Run, run_id, number)
+            session.commit()
+        queue.ring_run(run_id)
+        log.info("run_released", run=str(run_id), attempt=number)
+    else:
+        _conclude(attempt, status)
+
+
+def _write_specification(
+    attempt: _Attempt,
+    collection_id: uuid.UUID,
+    images: list[tuple[uuid.UUID, str, str]],
+    parameters: dict[str, Any],
+) -> None:
+    specification = {
+        "parameters": parameters,
+        "features": str(storage.features(collection_id)),
+        "images": [
+            {"key": sha256, "path": str(storage.original(collection_id, sha256)), "filename": filename}
+            for _, sha256, filename in images
+        ],
+    }
+    attempt.folder.mkdir(parents=True, exist_ok=True)
+    with storage.atomic_write(attempt.folder / "specification.json") as file:
+        file.write(json.dumps(specification).encode())
+
+
+def _watch(attempt: _Attempt, stop: threading.Event) -> int:
+    """Run the trainer to its end; its exit status. Whatever else ends the attempt is an exception."""
+    with (attempt.folder / "trainer.log").open("ab") as errors:
+        trainer = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", str(attempt.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+    try:
+        lines = _lines(trainer)
+        last_report = 0.0
+        while True:
+            over = _take_news(attempt, lines)
+            if over:
+                break
+            if stop.is_set():
+                raise _Stopping
+            now = time.monotonic()
+            due = settings().heartbeat_s if not attempt.news else _PROGRESS_EVERY_S
+            if now - last_report >= min(due, settings().heartbeat_s):
+                _report(attempt)
+                last_report = now
+            elif _cancel_requested(attempt):
+                raise _Cancelled
+        _report(attempt)
+        return trainer.wait()
+    finally:
+        _stop_group(trainer)
+
+
+def _lines(trainer: subprocess.Popen[bytes]) -> "queues.SimpleQueue[bytes | None]":
+    lines: queues.SimpleQueue[bytes | None] = queues.SimpleQueue()
+
+    def read() -> None:
+        assert trainer.stdout is not None  # noqa: S101 - it is a pipe
+        with trainer.stdout as output:
+            for line in output:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="trainer-output", daemon=True).start()
+    return lines
+
+
+def _take_news(attempt: _Attempt, lines: "queues.SimpleQueue[bytes | None]") -> bool:
+    """Read what the trainer said within a tick; True once it has nothing more to say."""
+    deadline = time.monotonic() + _TICK_S
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            line = lines.get(timeout=left)
+        except queues.Empty:
+            return False
+        if line is None:
+            return True
+        event = json.loads(line)
+        kind = event.pop("event")
+        if kind == "error":
+            attempt.error = {"code": event["code"], "detail": event["detail"]}
+        else:
+            attempt.news.update(event)
+    return False
+
+
+def _report(attempt: _Attempt) -> None:
+    """Renew the lease and tell the database the news. A database that is away is tried again later."""
+    try:
+        with open_session() as session:
+            alive = jobs.heartbeat(session, Run, attempt.run_id, attempt.number, **attempt.news)
+            session.commit()
+            cancel = alive and runs.cancel_requested(session, attempt.run_id)
+    except SQLAlchemyError as error:
+        log.warning("heartbeat_failed", run=str(attempt.run_id), error=type(error).__name__)
+        return
+    attempt.news.clear()
+    if not alive:
+        raise _Lost
+    if cancel:
+        raise _Cancelled
+
+
+def _cancel_requested(attempt: _Attempt) -> bool:
+    try:
+        with open_session() as session:
+            return runs.cancel_requested(session, attempt.run_id)
+    except SQLAlchemyError:
+        return False
+
+
+def _stop_group(trainer: subprocess.Popen[bytes]) -> None:
+    """End the trainer and whatever it started: first a word, then force."""
+    for sign, patience_s in ((signal.SIGTERM, _TERMINATE_S), (signal.SIGKILL, None)):
+        if trainer.poll() is not None:
+            break
+        os.killpg(trainer.pid, sign)
+        try:
+            trainer.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):
+        os.killpg(trainer.pid, signal.SIGKILL)  # children that outlived it
+
+
+def _conclude(attempt: _Attempt, status: int) -> None:
+    if status == 0:
+        _store(attempt)
+    elif attempt.error is not None:
+        _end(attempt, attempt.error)
+    elif status < 0:
+        log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, signal=-status)
+        with open_session() as session:
+            jobs.expire(session, Run, attempt.run_id, attempt.number)
+            session.commit()
+            jobs.requeue_lost(session, Run)
+            session.commit()
+        queue.ring_run(attempt.run_id)
+    else:
+        said = (attempt.folder / "trainer.log").read_text(errors="replace")[-_LOG_TAIL:]
+        log.error("trainer_failed", run=str(attempt.run_id), attempt=attempt.number, status=status, said=said)
+        _end(
+            attempt,
+            {
+                "code": "training-failed",
+                "detail": "The training stopped because of an error of its own, not of your images; "
+                "the service's log holds the details.",
+            },
+        )
+
+
+def _end(attempt: _Attempt, problem: dict[str, str]) -> None:
+    with open_session() as session:
+        jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
+        session.commit()
+    log.warning("run_failed", run=str(attempt.run_id), attempt=attempt.number, code=problem["code"])
+
+
+def _store(attempt: _Attempt) -> None:
+    """Results and the end of the run in one transaction, fenced by the attempt."""
+    report = json.loads((attempt.folder / "result.json").read_text())
+    with np.load(attempt.folder / "result.npz") as arrays:
+        columns = {name: arrays[name].tolist() for name in arrays.files}
+    with open_session() as session:
+        won = jobs.finish(
+            session,
+            Run,
+            attempt.run_id,
+            attempt.number,
+            metrics=report["metrics"],
+            stage="done",
+            eta_s=0.0,
+        )
+        if won:
+            results.store(session, attempt.run_id, _clusters(attempt, report), _assignments(attempt, columns))
+            session.commit()
+            log.info("run_succeeded", run=str(attempt.run_id), attempt=attempt.number)
+            return
+        session.rollback()
+        # Cancel came before the finish: exactly one of them wins.
+        if jobs.end_cancelled(session, attempt.run_id, attempt.number):
+            session.commit()
+
+
+def _clusters(attempt: _Attempt, report: dict[str, Any]) -> list[ClusterRow]:
+    return [
+        ClusterRow(
+            cluster=number,
+            name=f"Group {number + 1}",
+            size=row["size"],
+            confidence=row["confidence"],
+            cohesion=row["cohesion"],
+            representatives=[attempt.image_ids[position] for position in row["representatives"]],
+        )
+        for number, row in enumerate(report["clusters"])
+    ]
+
+
+def _assignments(attempt: _Attempt, columns: dict[str, list[Any]]) -> Iterator[AssignmentRow]:
+    for position, image_id in enumerate(attempt.image_ids):
+        yield AssignmentRow(
+            position=position,
+            image_id=image_id,
+            **{name: column[position] for name, column in columns.items()},
+        )

@@ -1,0 +1,127 @@
+"""The process that trains: reads images, trains, writes artefacts. It knows no database and no queue.
+
+    python -m worker.trainer FOLDER
+
+FOLDER holds `specification.json` and receives `result.json`, `result.npz` and the model. Progress goes to
+standard output, a JSON event a line; logs to standard error.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from app.storage import atomic_write
+from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
+
+_PR_SET_PDEATHSIG = 1
+EXIT_INPUT_ERROR = 2
+
+
+def main() -> int:
+    _die_with_parent()
+    folder = Path(sys.argv[1])
+    specification = json.loads((folder / "specification.json").read_text())
+    try:
+        _train(folder, specification)
+    except InputError as error:
+        _tell("error", code="invalid-collection", detail=str(error))
+        return EXIT_INPUT_ERROR
+    return 0
+
+
+def _die_with_parent() -> None:
+    """A trainer whose supervisor is gone must not go on: another worker will claim its run."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def _train(folder: Path, specification: dict[str, Any]) -> None:
+    parameters = dict(specification["parameters"])
+    truth = parameters.pop("truth")
+    config = Config(**parameters).resolved()
+    _tell("resolved", parameters={**vars(config), "truth": truth})
+    images = specification["images"]
+    sources = [Source(key=image["key"], path=Path(image["path"])) for image in images]
+    names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
+    started = time.monotonic()
+    steps = group(config, sources, cache_dir=Path(specification["features"]), truth=names, threads=os.cpu_count())
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as end:
+            grouping: Grouping = end.value
+            break
+        _tell_progress(progress, time.monotonic() - started)
+    save_model(grouping, config, folder)
+    _save_result(grouping, folder)
+    _tell(
+        "provenance",
+        provenance={
+            "kindred": version("kindred"),
+            "torch": version("torch"),
+            "backbone_sha256": grouping.metrics.get("backbone_sha256"),
+        },
+    )
+
+
+def _tell(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), flush=True)  # noqa: T201 - the protocol
+
+
+def _tell_progress(progress: Progress, elapsed_s: float) -> None:
+    done = progress.fraction
+    eta_s = round(elapsed_s * (1 - done) / done, 1) if done > 0.02 else None
+    _tell("progress", stage=progress.stage, progress=round(min(done, 0.999), 4), eta_s=eta_s)
+
+
+def _save_result(grouping: Grouping, folder: Path) -> None:
+    """`result.json` last: who finds it finds the arrays too."""
+    clusters = [
+        {
+            "size": int((grouping.labels_N == number).sum()),
+            "confidence": _mean(grouping.confidence_N[grouping.labels_N == number]),
+            "cohesion": float(grouping.cohesion_K[number]),
+            "representatives": [int(position) for position in chosen],
+        }
+        for number, chosen in enumerate(grouping.representatives)
+    ]
+    with atomic_write(folder / "result.npz") as file:
+        np.savez(
+            file,
+            cluster=grouping.labels_N,
+            rank=_ranks(grouping.labels_N, grouping.typicality_N),
+            confidence=np.clip(grouping.confidence_N, 0, 1),
+            runner_up=grouping.runner_up_N,
+            margin=grouping.margin_N,
+            consensus=grouping.consensus_N,
+        )
+    with atomic_write(folder / "result.json") as file:
+        file.write(json.dumps({"clusters": clusters, "metrics": grouping.metrics}).encode())
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _ranks(labels_N: np.ndarray, typicality_N: np.ndarray) -> np.ndarray:
+    """The place of each image in its cluster: 0 is the most typical. Shape (N,)."""
+    order_N = np.lexsort((-typicality_N, labels_N))
+    sorted_labels_N = labels_N[order_N]
+    first_N = np.searchsorted(sorted_labels_N, sorted_labels_N, side="left")
+    ranks_N = np.empty(len(labels_N), dtype=np.int64)
+    ranks_N[order_N] = np.arange(len(labels_N)) - first_N
+    return ranks_N
+
+
+if __name__ == "__main__":
+    sys.exit(main())
