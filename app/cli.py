@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,7 +25,6 @@ from app.up import up as start_and_serve
 
 cli = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,  # errors as plain lines, not boxes
     pretty_exceptions_enable=False,
     help="Groups an image collection by what the pictures show, without labels.",
@@ -205,7 +205,7 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
         table.add_column(heading, justify=justify)  # type: ignore[arg-type] # a literal in a loop
     for row in client.items(run["links"]["clusters"]):
         confidence = "" if row["confidence"] is None else f"{row['confidence']:.2f}"
-        table.add_row(str(row["cluster"]), str(row["size"]), row["name"], confidence)
+        table.add_row(str(row["cluster"]), str(row["size"]), escape(row["name"]), confidence)
     console.print(table)
     counts = upload["counts"]
     console.print(
@@ -221,8 +221,8 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     if baseline.get("quality"):
         console.print(_quality("k-means, same features", baseline["quality"]))
     for warning in metrics.get("warnings", []):
-        console.print(f"[yellow]warning:[/] {warning['message']}")
-    console.print(f"labels: {output.resolve()}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning['message'])}")
+    console.print(f"labels: {escape(str(output.resolve()))}", soft_wrap=True)
 
 
 def _quality(name: str, found: dict[str, float]) -> str:
@@ -232,9 +232,14 @@ def _quality(name: str, found: dict[str, float]) -> str:
 def main() -> None:
     """Run the command; whatever fails is one clear line and a status that is not 0."""
     try:
-        cli()
+        sys.exit(cli(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.TyperException as error:
+        _complain(error.format_message())
+        sys.exit(error.exit_code)
     except (ClientError, KindredError) as error:
-        messages.print(f"[red]error:[/] {error}", soft_wrap=True)
+        _complain(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+
+def _complain(message: str) -> None:
+    messages.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)

@@ -154,7 +154,7 @@ def describe(
     model["centres"] = fit.model["centres"][np.argsort(name_K)]
     centre_KD = representatives.centres(fit.x_ND, labels_N, clusters)
     typicality_N = representatives.typicality(fit.x_ND, labels_N, centre_KD)
-    evidence = evidence_of(fit, clusters, truth)
+    evidence = {**evidence_of(fit, clusters, truth), "baseline": None}
     if baseline is not None:
         evidence["baseline"] = {
             "method": BASELINE,
@@ -180,16 +180,14 @@ def describe(
 def evidence_of(fit: Fit, clusters: int, truth: Sequence[str] | None) -> dict[str, Any]:
     labels_N = fit.assignment.labels_N
     sizes = sorted(np.bincount(labels_N, minlength=clusters).tolist(), reverse=True)
-    evidence: dict[str, Any] = {
+    return {
         "sizes": sizes,
         "balance": metrics.balance(sizes),
         "consensus_rate": float(fit.assignment.consensus_N.mean()),
         "restarts": {"count": len(fit.scores), "scores": fit.scores, "agreement": fit.restarts_agreement},
         "warnings": metrics.warnings(sizes),
+        "quality": None if truth is None else metrics.quality(truth, labels_N),
     }
-    if truth is not None:
-        evidence["quality"] = metrics.quality(truth, labels_N)
-    return evidence
 
 
 def expected_cost_s(config: Config, images: int) -> dict[str, float]:

@@ -157,8 +157,11 @@ def test_a_result_shows_quality_beside_the_baseline(browser: TestClient):
     assert f"/v1/runs/{run.id}/labels.csv" in page
 
 
-def test_a_result_without_truth_or_baseline_is_shown_too(browser: TestClient):
-    run = finished_run(metrics={"sizes": [4, 1]})
+@pytest.mark.parametrize("unknown", [{}, {"quality": None, "baseline": None}])
+def test_a_result_without_truth_or_baseline_is_shown_too(browser: TestClient, unknown: dict):
+    run = finished_run(metrics={"sizes": [4, 1], **unknown})
+    for path in pages_of(run):
+        assert browser.get(path).status_code == 200, path
     page = browser.get(f"/runs/{run.id}").text
     assert "Quality" not in page
     assert page.count('class="panel card"') == 2

@@ -103,9 +103,13 @@ def test_an_archive_becomes_clusters_that_are_deleted_again(page: Page, tmp_path
     page.goto(run_page)
     page.get_by_text("Run again with other parameters").click()
     page.get_by_role("spinbutton", name="Clusters").fill("3")
+    page.get_by_label("Folder names are true labels").uncheck()
     page.get_by_role("button", name="Start run").click()
     page.wait_for_url(lambda url: url != run_page)
     expect(page.locator(".card")).to_have_count(3, timeout=WORK_MS)
+    page.goto("/")  # one run with true labels, one without
+    expect(page.locator("article", has_text="Journey <b>").locator(".run-line", has_text="ACC")).to_have_count(1)
+    page.go_back()
 
     page.locator(".breadcrumb a").nth(1).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Journey <b>")
