@@ -114,9 +114,10 @@ def demo(
     with _service(None) as url, Client(url) as client:
         run = _cluster(client, payload, fields, folder / "labels.csv")
         page = f"{url}/runs/{run['id']}"
-        console.print(f"\nLook at the groups: [bold]{page}[/]")
         if os.environ.get("KINDRED_DEMO_EXIT") == "1":
+            console.print(f"\nLook at the groups with `make up` and [bold]{page}[/]", soft_wrap=True)
             return
+        console.print(f"\nLook at the groups: [bold]{page}[/]", soft_wrap=True)
         console.print("Serving until Ctrl-C.")
         try:
             while True:
