@@ -171,6 +171,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("ignore")
     gathered: list[dict[str, Any]] = []
+    _tell(gathered)  # it is there: from here on a sudden end is a file's doing
     for line in sys.stdin:
         told = time.monotonic()
         for source, thumbnail in json.loads(line):

@@ -23,10 +23,16 @@ Answer = dict[str, Any]
 
 CRASHED: Answer = {"code": "decoder-crashed", "reason": "Decoding it ended the decoding process, twice."}
 _SHARE = 64
+_START_TIMEOUT_S = 60.0
+_START_TRIES = 3
 
 
 class _Died(Exception):
     pass
+
+
+class DecoderStartError(Exception):
+    """A decoding process ended before it read any file: the fault is this installation's, not a file's."""
 
 
 class ClosedError(Exception):
@@ -46,13 +52,14 @@ class Decoder:
     def decode(self, jobs: Sequence[Job]) -> list[Answer]:
         """An answer for each job, whatever becomes of the process meanwhile.
 
-        Raises `OSError` when a thumbnail cannot be written.
+        Raises `OSError` when a thumbnail cannot be written, `DecoderStartError` when no process can be started.
         """
         answers: list[Answer] = []
         try:
-            self._ask(jobs)
+            process = self._ask(jobs)
             while len(answers) < len(jobs):
-                answers += self._answers()
+                # Due within the time of one file, since the answers for small ones are told in between.
+                answers += self._answers(process, self._settings.decode_timeout_s)
         except (_Died, TimeoutError):
             # The process gathers answers, so the guilty file is not known: the rest go one by one.
             self._stop()
@@ -65,8 +72,7 @@ class Decoder:
     def _decode_alone(self, job: Job) -> Answer:
         """The second try of a file, with nothing else to blame."""
         try:
-            self._ask([job])
-            return self._answers()[0]
+            return self._answers(self._ask([job]), self._settings.decode_timeout_s)[0]
         except TimeoutError:
             self._stop()
             limit = self._settings.decode_timeout_s
@@ -75,7 +81,7 @@ class Decoder:
             self._stop()
             return CRASHED
 
-    def _ask(self, jobs: Sequence[Job]) -> None:
+    def _ask(self, jobs: Sequence[Job]) -> subprocess.Popen[bytes]:
         process = self._running()
         assert process.stdin is not None  # noqa: S101 - it is a pipe
         try:
@@ -83,21 +89,32 @@ class Decoder:
             process.stdin.flush()
         except (BrokenPipeError, ValueError) as error:
             raise _Died from error
+        return process
 
     def _running(self) -> subprocess.Popen[bytes]:
-        with self._lock:
-            if self._closed:
-                raise ClosedError
-            if self._process is None:
+        """The process, started when there is none; it says when it is ready to read."""
+        for _ in range(_START_TRIES):
+            with self._lock:
+                if self._closed:
+                    raise ClosedError
+                if self._process is not None:
+                    return self._process
                 self._buffer = b""
-                self._process = _start(self._settings)
-            return self._process
+                process = self._process = _start(self._settings)
+            try:
+                self._answers(process, _START_TIMEOUT_S)
+            except (_Died, TimeoutError):
+                self._stop()
+            else:
+                return process
+        raise DecoderStartError(
+            f"a decoding process ended with status {process.returncode} before it read a file, {_START_TRIES} times"
+        )
 
-    def _answers(self) -> list[Answer]:
-        """Those of one line; it is due within the time of one file, since small ones are told in between."""
-        process = self._running()
+    def _answers(self, process: subprocess.Popen[bytes], timeout_s: float) -> list[Answer]:
+        """Those of one line."""
         assert process.stdout is not None  # noqa: S101 - it is a pipe
-        deadline = time.monotonic() + self._settings.decode_timeout_s
+        deadline = time.monotonic() + timeout_s
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         while b"\n" not in self._buffer:

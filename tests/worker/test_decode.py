@@ -18,7 +18,7 @@ from app.config import Settings
 from tests.pictures import picture as sample
 from worker import decoders
 from worker.decode import RejectedError, picture
-from worker.decoders import ClosedError, Decoder, DecoderPool
+from worker.decoders import ClosedError, Decoder, DecoderPool, DecoderStartError
 
 RED = (200, 30, 40)
 
@@ -174,19 +174,32 @@ def test_a_file_that_stalls_its_decoder_is_given_up_and_the_others_go_on(tmp_pat
     assert "3 s" in answers[2]["reason"]
 
 
-def test_a_decoder_that_always_dies_is_the_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    dies = [sys.executable, "-c", "import os; input(); os.abort()"]
+def decoders_that_run(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr(
         decoders,
         "_start",
-        lambda _: subprocess.Popen(dies, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL),
+        lambda _: subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ),
     )
+
+
+def test_a_decoder_that_always_dies_is_the_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoders_that_run(monkeypatch, "import os; print([], flush=True); input(); os.abort()")
     decoder = Decoder(Settings())
     try:
         answers = decoder.decode(jobs(tmp_path, 2))
     finally:
         decoder.close()
     assert [answer["code"] for answer in answers] == ["decoder-crashed", "decoder-crashed"]
+
+
+def test_a_decoder_that_never_starts_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    decoders_that_run(monkeypatch, "raise SystemExit(3)")
+    decoder = Decoder(Settings())
+    with pytest.raises(DecoderStartError, match="status 3 before it read a file, 3 times"):
+        decoder.decode(jobs(tmp_path, 2))
+    decoder.close()
 
 
 def test_a_picture_that_takes_too_much_memory_is_refused_and_the_next_is_not(tmp_path: Path):
