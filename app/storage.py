@@ -90,7 +90,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def publish(pairs: Iterable[tuple[Path, Path]]) -> None:
+def publish(pairs: Iterable[tuple[str, str]]) -> None:
     """Give finished temporary files their names, then wait once until all of it is on the disk.
 
     One wait for a batch costs what one `fsync` costs, where thousands of small files would each wait.
@@ -98,10 +98,10 @@ def publish(pairs: Iterable[tuple[Path, Path]]) -> None:
     """
     for temporary, final in pairs:
         try:
-            temporary.replace(final)
+            os.replace(temporary, final)  # noqa: PTH105 - path objects cost more than the call
         except FileNotFoundError:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(final)
+            Path(final).parent.mkdir(parents=True, exist_ok=True)
+            Path(temporary).replace(final)
     _sync_file_system(_root())
 
 

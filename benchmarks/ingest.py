@@ -55,15 +55,18 @@ def compare(data: Path, rounds: int, processes: int) -> None:
         files = sum(not member.is_dir() for member in archive.infolist())
     upgrade(settings().database_url or "")
     bare_rates, bare_cpu, ingest_rates, peaks = [], [], [], []
-    for number in range(rounds):
-        shares = [["--role", "bare", "--share", str(share)] for share in range(processes)]
-        answers = _run(data, shares, processes)
-        bare_rates.append(files / max(answer["seconds"] for answer in answers))
-        bare_cpu.append(sum(answer["cpu_s"] for answer in answers) / files * 1e6)
-        (answer,) = _run(data, [["--role", "ingest"]], processes)
-        ingest_rates.append(answer["received"] / answer["seconds"])
-        peaks.append(answer)
-        print(f"round {number + 1}: bare {bare_rates[-1]:.0f}/s, ingest {ingest_rates[-1]:.0f}/s")
+    # What a round wrote is removed at the end only: for minutes after many files were removed, ext4 makes
+    # new ones up to twenty times slower, since it looks for inodes that were not in use lately.
+    with tempfile.TemporaryDirectory(prefix="kindred-ingest-", dir=os.environ.get("KINDRED_DATA_DIR")) as folder:
+        for number in range(rounds):
+            shares = [["--role", "bare", "--share", str(share)] for share in range(processes)]
+            answers = _run(data, shares, processes, Path(folder) / str(number))
+            bare_rates.append(files / max(answer["seconds"] for answer in answers))
+            bare_cpu.append(sum(answer["cpu_s"] for answer in answers) / files * 1e6)
+            (answer,) = _run(data, [["--role", "ingest"]], processes, Path(folder) / str(number))
+            ingest_rates.append(answer["received"] / answer["seconds"])
+            peaks.append(answer)
+            print(f"round {number + 1}: bare {bare_rates[-1]:.0f}/s, ingest {ingest_rates[-1]:.0f}/s", flush=True)
     ratios = [ours / bare_rate for ours, bare_rate in zip(ingest_rates, bare_rates, strict=True)]
     print(f"{files} images, {processes} processes, median of {rounds} rounds")
     print(f"bare loop   {statistics.median(bare_rates):8.0f} images/s")
@@ -76,18 +79,17 @@ def compare(data: Path, rounds: int, processes: int) -> None:
     print(f"            {max(p['child_mib'] for p in peaks):8.0f} MiB largest decoder")
 
 
-def _run(data: Path, roles: list[list[str]], processes: int) -> list[dict[str, float]]:
+def _run(data: Path, roles: list[list[str]], processes: int, folder: Path) -> list[dict[str, float]]:
     """Each role in a process of its own, all at once; what they print."""
-    with tempfile.TemporaryDirectory(prefix="kindred-ingest-", dir=os.environ.get("KINDRED_DATA_DIR")) as folder:
-        command = [sys.executable, "-m", "benchmarks.ingest", "--data", str(data), "--processes", str(processes)]
-        environment = {**os.environ, "KINDRED_DATA_DIR": folder, "KINDRED_BROKER_URL": "redis://127.0.0.1:1/0"}
-        children = [
-            subprocess.Popen([*command, *role], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
-            for role in roles
-        ]
-        outputs = [child.communicate()[0] for child in children]
-        assert all(child.returncode == 0 for child in children), "a measured process failed"
-        return [json.loads(output.splitlines()[-1]) for output in outputs]
+    command = [sys.executable, "-m", "benchmarks.ingest", "--data", str(data), "--processes", str(processes)]
+    environment = {**os.environ, "KINDRED_DATA_DIR": str(folder), "KINDRED_BROKER_URL": "redis://127.0.0.1:1/0"}
+    children = [
+        subprocess.Popen([*command, *role], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        for role in roles
+    ]
+    outputs = [child.communicate()[0] for child in children]
+    assert all(child.returncode == 0 for child in children), "a measured process failed"
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def bare(data: Path, share: int, processes: int) -> None:

@@ -139,7 +139,7 @@ class _Ingest:
         self._unpacked = 0
         # A folder for each attempt: one that was lost, and does not know yet, must not touch the files of the next.
         self._staging = storage.staging(upload.collection_id) / f"{upload.id}-{upload.attempt}"
-        self._staging_name = str(self._staging)
+        self._shelves: dict[int, str] = {}
         self._folders = _Folders(upload.collection_id)
         self._seen: set[str] = set()
         self._known: dict[str, uuid.UUID] = {}
@@ -224,7 +224,7 @@ class _Ingest:
         if entry.reader is None:
             file.code, file.reason = entry.code, entry.reason
             return file
-        path = f"{self._staging_name}/{_staged(position)}"
+        path = f"{self._shelf(position)}/{position}{storage.TEMPORARY_SUFFIX}"
         try:
             written = self._write(file, entry.reader, path)
         except DamagedFileError as error:
@@ -235,6 +235,15 @@ class _Ingest:
         elif written:
             os.unlink(path)  # noqa: PTH108 - here and below: path objects cost more than the calls
         return file
+
+    def _shelf(self, position: int) -> str:
+        """A folder for each batch: reading, decoding and publishing would wait for each other in the same one."""
+        number = position // _BATCH_FILES
+        if number not in self._shelves:
+            folder = self._staging / str(number)
+            folder.mkdir()
+            self._shelves[number] = str(folder)
+        return self._shelves[number]
 
     def _write(self, file: _File, reader: Reader, path: str) -> bool:
         """Whether a file was written. Bytes are counted as they are read: an archive may lie about its sizes."""
@@ -305,10 +314,10 @@ class _Ingest:
 
     def _judge(
         self, batch: _Batch, decoded: dict[int, Answer]
-    ) -> tuple[list[NewImage], list[LedgerEntry], list[tuple[Path, Path]]]:
+    ) -> tuple[list[NewImage], list[LedgerEntry], list[tuple[str, str]]]:
         images: list[NewImage] = []
         rows: list[LedgerEntry] = []
-        moves: list[tuple[Path, Path]] = []
+        moves: list[tuple[str, str]] = []
         for file in batch.files:
             entry: dict[str, Any] = {"position": file.position, "filename": file.name, "bytes": file.bytes}
             answer = decoded.get(file.position) or self._refused.get(file.sha256) or {}
@@ -327,8 +336,7 @@ class _Ingest:
                 images.append(NewImage(id=image_id, sha256=file.sha256, filename=file.name, bytes=file.bytes, **answer))
                 rows.append(LedgerEntry(**entry, outcome="accepted", image_id=image_id))
                 original, thumbnail = self._folders.paths(file.sha256)
-                moves.append((self._staging / _staged(file.position), original))
-                moves.append((self._staging / f"{_staged(file.position)}.jpg", thumbnail))
+                moves += (file.path, original), (file.thumbnail, thumbnail)
         return images, rows, moves
 
     def _result(self, future: "Future[list[Answer]]") -> list[Answer]:
@@ -393,7 +401,7 @@ class _Ingest:
         # While the upload still runs, no other can bring the same contents into the collection.
         for sha256 in removed:
             for path in self._folders.paths(sha256):
-                storage.remove(path)
+                storage.remove(Path(path))
         if self._attempt > 1:
             self._remove_strangers()
         with open_session() as session:
@@ -424,25 +432,20 @@ class _Folders:
         self._collection = collection_id
         self._by_prefix: dict[str, tuple[Path, Path]] = {}
 
-    def paths(self, sha256: str) -> tuple[Path, Path]:
-        """Of the original and of the thumbnail."""
-        known = self._by_prefix.get(sha256[:2])
-        if known is None:
+    def paths(self, sha256: str) -> tuple[str, str]:
+        """Of the original and of the thumbnail. As text: path objects cost more than the renaming."""
+        shelves = self._by_prefix.get(sha256[:2])
+        if shelves is None:
             original = storage.original(self._collection, sha256)
             thumbnail = storage.thumbnail(self._collection, sha256)
-            self._by_prefix[sha256[:2]] = original.parent, thumbnail.parent
-            return original, thumbnail
-        # Joining is several times cheaper than parsing a whole path.
-        return known[0] / sha256, known[1] / f"{sha256}.jpg"
+            shelves = self._by_prefix[sha256[:2]] = original.parent, thumbnail.parent
+        return f"{shelves[0]}/{sha256}", f"{shelves[1]}/{sha256}.jpg"
 
     def shelves(self) -> Iterator[Path]:
         for number in range(256):
-            for path in self.paths(f"{number:02x}"):
-                yield path.parent
-
-
-def _staged(position: int) -> str:
-    return f"{position}{storage.TEMPORARY_SUFFIX}"
+            prefix = f"{number:02x}"
+            self.paths(prefix)
+            yield from self._by_prefix[prefix]
 
 
 def _no_picture(head: bytes) -> tuple[str, str]:
