@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -237,6 +238,13 @@ def main() -> None:
     except typer.TyperException as error:
         _complain(error.format_message())
         sys.exit(error.exit_code)
+    except ValidationError as error:
+        if error.title != Settings.__name__:
+            raise
+        # Without the value: it may hold a password.
+        wrong = [f"KINDRED_{'_'.join(map(str, found['loc'])).upper()}: {found['msg']}" for found in error.errors()]
+        _complain("; ".join(wrong))
+        sys.exit(1)
     except (ClientError, KindredError) as error:
         _complain(str(error))
         sys.exit(1)

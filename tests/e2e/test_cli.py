@@ -99,6 +99,22 @@ def test_a_path_that_is_not_there_and_one_cluster(service: str, tmp_path: Path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_setting_that_is_none_is_named(tmp_path: Path):
+    done = subprocess.run(
+        [KINDRED, "up"],
+        cwd=tmp_path,
+        env={**os.environ, "KINDRED_PORT": "http", "KINDRED_DATABASE_URL": "mysql://me:secret@db/x"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: KINDRED_")
+    assert "KINDRED_PORT: Input should be a valid integer" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "secret" not in done.stderr
+
+
 def test_a_server_that_is_not_there(tmp_path: Path):
     (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(4)))
     done = kindred("http://127.0.0.1:1", "cluster", "photos.zip", "--clusters", "2", cwd=tmp_path)
