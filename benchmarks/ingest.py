@@ -5,7 +5,7 @@
 The bare loop opens the members of the archive, decodes them and encodes their thumbnails to memory, in one
 process a core. The ingest does all of it: bytes counted and hashed, files durable, rows in PostgreSQL. Both run
 on this machine, by turns; KINDRED_DATABASE_URL names an empty database. Prints images a second of both, their
-ratio, and the peak memory of the ingesting process and of its decoders.
+ratio, and the peak memory of the ingesting process. `benchmarks.upload` measures the whole service.
 """
 
 import argparse
@@ -75,8 +75,7 @@ def compare(data: Path, rounds: int, processes: int) -> None:
     ingest_cpu = statistics.median(peak["cpu_s"] for peak in peaks) / files * 1e6
     print(f"CPU time    {statistics.median(bare_cpu):8.0f} us an image, bare loop")
     print(f"            {ingest_cpu:8.0f} us an image, ingest without PostgreSQL's share")
-    print(f"peak memory {max(p['self_mib'] for p in peaks):8.0f} MiB ingesting process")
-    print(f"            {max(p['child_mib'] for p in peaks):8.0f} MiB largest decoder")
+    print(f"peak memory {max(p['peak_mib'] for p in peaks):8.0f} MiB ingesting process")
 
 
 def _run(data: Path, roles: list[list[str]], processes: int, folder: Path) -> list[dict[str, float]]:
@@ -123,11 +122,8 @@ def measure_ingest(data: Path) -> None:
     engine().dispose()
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu_s = sum(usage.ru_utime + usage.ru_stime for usage in used)
-    peaks = {
-        name: resource.getrusage(who).ru_maxrss / 1024
-        for name, who in (("self_mib", resource.RUSAGE_SELF), ("child_mib", resource.RUSAGE_CHILDREN))
-    }
-    print(json.dumps({"seconds": seconds, "received": received, "cpu_s": cpu_s, **peaks}))
+    peak_mib = used[0].ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "received": received, "cpu_s": cpu_s, "peak_mib": peak_mib}))
 
 
 if __name__ == "__main__":
