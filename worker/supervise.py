@@ -26,7 +26,9 @@ from app import queue, storage
 from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Run
+from app.errors import Invalid
 from app.services import jobs, results, runs
+from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
 
 log = structlog.get_logger(__name__)
@@ -76,8 +78,10 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
     attempt = _Attempt(
         run_id=run_id, number=number, folder=storage.run(run_id), image_ids=[image[0] for image in images]
     )
-    if len(images) < parameters["clusters"]:
-        error = runs.too_few_images(parameters["clusters"], len(images))
+    try:
+        runs.check_enough(parameters["clusters"], len(images))
+        check_weights(parameters.get("weights"))  # the file may be gone by now
+    except Invalid as error:
         _end(attempt, {"code": error.code, "detail": error.detail})
         return
     _write_specification(attempt, collection_id, images, parameters)
@@ -106,8 +110,10 @@ def _write_specification(
     images: list[tuple[uuid.UUID, str, str]],
     parameters: dict[str, Any],
 ) -> None:
+    named = parameters.get("weights")
     specification = {
         "parameters": parameters,
+        "weights": named if named in (None, "random") else str(storage.weights(named)),
         "features": str(storage.features(collection_id)),
         "images": [
             {"key": sha256, "path": str(storage.original(collection_id, sha256)), "filename": filename}

@@ -47,9 +47,10 @@ def _die_with_parent() -> None:
 
 def _train(folder: Path, specification: dict[str, Any]) -> None:
     parameters = dict(specification["parameters"])
-    truth = parameters.pop("truth")
-    config = Config(**parameters).resolved()
-    _tell("resolved", parameters={**vars(config), "truth": truth})
+    truth, weights = parameters.pop("truth"), parameters.pop("weights", None)
+    config = Config(**parameters, weights=specification["weights"]).resolved()
+    # Weights by their name, as they were asked for: where they lie is nobody's business.
+    _tell("resolved", parameters={**vars(config), "weights": weights, "truth": truth})
     images = specification["images"]
     sources = [Source(key=image["key"], path=Path(image["path"])) for image in images]
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None

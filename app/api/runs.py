@@ -14,6 +14,7 @@ from app.api.schemas import PageOf, RunOut
 from app.db.session import open_session
 from app.db.tables import TERMINAL_STATES
 from app.services import idempotency, runs
+from app.services.parameters import Parameters
 
 router = APIRouter(prefix="/v1", tags=["runs"])
 
@@ -24,7 +25,7 @@ _KEEP_ALIVE_POLLS = 30
 @router.post("/collections/{collection_id}/runs", status_code=202, responses=responses(404, 409, 422))
 def create_run(
     collection_id: uuid.UUID,
-    parameters: runs.Parameters,
+    parameters: Parameters,
     response: Response,
     session: DatabaseSession,
     key: IdempotencyKeyHeader = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.db.tables import Image, Run, Upload, UploadFile
+from app.services import runs
 from app.services.collections import CollectionView
 from app.services.results import ClusterView, Member
 
@@ -151,7 +152,10 @@ class RunOut(BaseModel):
     progress: float = Field(description="0 to 1 over the whole run.")
     eta_s: float | None = Field(description="Expected seconds to go.")
     attempt: int
-    parameters: dict[str, Any]
+    clusters: int | None = Field(
+        description="How many groups: as asked; where `auto` was asked, as found, and null until then."
+    )
+    parameters: dict[str, Any] = Field(description="As asked, with what was left open resolved once the run starts.")
     metrics: dict[str, Any] | None
     provenance: dict[str, Any] | None = Field(description="Code version and backbone digest.")
     problem: Problem | None
@@ -186,6 +190,7 @@ class RunOut(BaseModel):
             progress=row.progress,
             eta_s=row.eta_s,
             attempt=row.attempt,
+            clusters=runs.clusters_of(row),
             parameters=row.parameters,
             metrics=row.metrics,
             provenance=row.provenance,

@@ -20,6 +20,7 @@ from app.db.session import open_session
 from app.db.tables import IdempotencyKey
 from app.errors import Invalid
 from app.services import collections, idempotency, runs, uploads
+from app.services.parameters import Parameters
 
 router = APIRouter(prefix="/v1", tags=["uploads"])
 
@@ -42,7 +43,7 @@ _ONE_SHOT_FORM = _multipart(
             "type": "string",
             "description": "Name of the new collection; unset: that of the first file.",
         },
-        **runs.Parameters.model_json_schema()["properties"],
+        **Parameters.model_json_schema()["properties"],
     },
     ["file", "clusters"],
 )
@@ -94,7 +95,7 @@ async def cluster(request: Request, key: IdempotencyKeyHeader = None) -> JSONRes
         name = fields.pop("name", None) or received.parts[0].filename.rsplit("/", 1)[-1][:200] or "images"
         try:
             new = NewCollection(name=name)
-            parameters = runs.Parameters.model_validate(fields)
+            parameters = Parameters.model_validate(fields)
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         collection = collections.create(session, new.name)

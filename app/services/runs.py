@@ -3,49 +3,15 @@
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import func, select, true, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
 from app.errors import Conflict, Invalid, not_found
 from app.services import collections, images, pages
-
-MAX_SEED = 2**31 - 1
-
-
-class Parameters(BaseModel):
-    """What a run is asked to do. What it left open is resolved when the run is created."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    clusters: Annotated[int, Field(ge=2, le=4096, description="How many groups to form.", examples=[10])]
-    method: Annotated[
-        Literal["scl", "kmeans"],
-        Field(description="`scl`, semantic contrastive clustering, or the baseline `kmeans`."),
-    ] = "scl"
-    train: Annotated[
-        Literal["head"], Field(description="`head`: the backbone is frozen and a clustering head is trained.")
-    ] = "head"
-    backbone: Annotated[
-        Literal["efficientnet_lite0"], Field(description="The network that turns images into features.")
-    ] = "efficientnet_lite0"
-    image_size: Annotated[
-        int, Field(ge=32, le=1024, description="Side of the square that the backbone sees, in pixels.")
-    ] = 224
-    epochs: Annotated[
-        int | None, Field(ge=1, le=10_000, description="Passes over the images; unset: the method's default.")
-    ] = None
-    restarts: Annotated[
-        int | None, Field(ge=1, le=64, description="Independent starts, chosen among without labels.")
-    ] = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The same seed gives the same labels.")] = 0
-    truth: Annotated[
-        Literal["folder"] | None,
-        Field(description="`folder`: folder names are true labels, used only to report ACC, NMI and ARI."),
-    ] = None
+from app.services.parameters import Parameters, check_weights, least_images
 
 
 def create(
@@ -56,6 +22,7 @@ def create(
     after_upload: uuid.UUID | None = None,
 ) -> Run:
     """Queue a run. With `after_upload` it starts when that upload is done; else the images must be there."""
+    check_weights(parameters.weights)
     collections.lock(session, collection_id)
     if after_upload is None:
         _check_ready(session, collection_id, parameters.clusters)
@@ -71,7 +38,7 @@ def create(
     return run
 
 
-def _check_ready(session: Session, collection_id: uuid.UUID, clusters: int) -> None:
+def _check_ready(session: Session, collection_id: uuid.UUID, clusters: int | Literal["auto"]) -> None:
     busy = session.scalar(
         select(Upload.id)
         .where(Upload.collection_id == collection_id, Upload.state.in_(collections.OPEN_STATES))
@@ -82,17 +49,28 @@ def _check_ready(session: Session, collection_id: uuid.UUID, clusters: int) -> N
             f"The collection is still taking in upload {busy}; start the run when that has succeeded.",
             code="collection-busy",
         )
-    found = images.count(session, collection_id)
-    if found < clusters:
-        raise too_few_images(clusters, found)
+    check_enough(clusters, images.count(session, collection_id))
 
 
-def too_few_images(clusters: int, found: int) -> Invalid:
-    return Invalid(
-        f"{clusters} clusters need at least {clusters} images; the collection has {found}.",
+def check_enough(clusters: int | Literal["auto"], found: int) -> None:
+    """Raise `Invalid` when a collection of `found` images cannot be grouped so."""
+    if found >= least_images(clusters):
+        return
+    what = "Grouping needs" if clusters == "auto" else f"{clusters} clusters need"
+    raise Invalid(
+        f"{what} at least {least_images(clusters)} images; the collection has {found}.",
         code="too-few-images",
-        fields={"clusters": f"at most {found} for this collection"},
+        fields={} if clusters == "auto" else {"clusters": f"at most {found} for this collection"},
     )
+
+
+def clusters_of(run: Run) -> int | None:
+    """How many groups a run forms: as asked or, where that was left to the run, as found; None until then."""
+    asked: Any = run.parameters["clusters"]
+    if asked != "auto":
+        return int(asked)
+    found = ((run.metrics or {}).get("auto") or {}).get("clusters")
+    return None if found is None else int(found)
 
 
 def get(session: Session, run_id: uuid.UUID) -> Run:

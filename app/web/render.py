@@ -8,6 +8,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from app import storage
+from app.services import parameters, runs
 from app.web import wording
 
 HERE = Path(__file__).parent
@@ -40,6 +42,11 @@ def _environment() -> Environment:
     environment.globals |= {
         "STATES": wording.STATES,
         "METHODS": wording.METHODS,
+        "TRAIN": wording.TRAIN,
+        "TRAIN_OF_METHOD": parameters.TRAIN_OF_METHOD,
+        "BACKBONES": parameters.BACKBONES,
+        "weights_files": storage.weights_files,
+        "clusters_of": runs.clusters_of,
         "OUTCOMES": wording.OUTCOMES,
     }
     return environment

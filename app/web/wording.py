@@ -15,7 +15,17 @@ STAGES = {
     "baseline": "Comparing with plain k-means",
     "representatives": "Choosing representative images",
 }
-METHODS = {"scl": "SCL", "kmeans": "k-means"}
+METHODS = {
+    "scl": "SCL",
+    "kmeans": "k-means",
+    "kmeans_pixels": "k-means on pixels",
+    "temi": "TEMI",
+    "scan": "SCAN",
+    "simclr": "SimCLR + k-means",
+    "cc": "Contrastive Clustering",
+    "pica": "PICA",
+}
+TRAIN = {"head": "Only a head, on a network that stays as it is", "full": "The whole network"}
 OUTCOMES = {"accepted": "Accepted", "duplicate": "Duplicate", "rejected": "Rejected"}
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400

@@ -11,6 +11,7 @@ from sqlalchemy import text
 from app.db.session import open_session
 from app.db.tables import Run, Upload
 from app.services import collections, jobs, runs, uploads
+from app.services.parameters import Parameters
 from app.services.uploads import ReceivedPart
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -140,7 +141,7 @@ def test_a_run_waits_for_its_upload_and_fails_with_it():
     with open_session() as session:
         collection = collections.create(session, "one shot")
         upload = uploads.create(session, uuid.uuid4(), collection.id, [ReceivedPart(filename="a.zip", bytes=1)])
-        run = runs.create(session, collection.id, runs.Parameters(clusters=2), after_upload=upload.id)
+        run = runs.create(session, collection.id, Parameters(clusters=2), after_upload=upload.id)
         session.commit()
         assert jobs.claim(session, Run, run.id) is None
         assert jobs.claim(session, Upload, upload.id) is not None

@@ -6,14 +6,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import text
+from sqlalchemy import cast, text, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers
 
+from app import storage
 from app.db.session import open_session
 from app.db.tables import Collection, Image, Run, Upload, UploadFile
 from app.main import create_app
 from app.services import collections, results
+from app.services.parameters import TRAIN_OF_METHOD
 from app.web import wording
 from app.web.guard import comes_from_here
 from tests.pictures import picture, zip_of
@@ -155,6 +158,32 @@ def test_a_result_shows_quality_beside_the_baseline(browser: TestClient):
     assert "80.0%" in page
     assert page.count('class="panel card"') == 2
     assert f"/v1/runs/{run.id}/labels.csv" in page
+
+
+def test_the_form_of_a_run_proposes_what_the_run_before_was_asked(browser: TestClient):
+    asked = {
+        "clusters": "auto",
+        "method": "scl",
+        "train": "full",
+        "backbone": "timm/x.y",
+        "weights": "net.pth",
+        "seed": 3,
+    }
+    (storage.weights("net.pth").parent).mkdir(parents=True)
+    storage.weights("net.pth").write_bytes(b"tensors")
+    run = finished_run(metrics=METRICS | {"auto": {"clusters": 2}})
+    with open_session() as session:
+        session.execute(update(Run).values(parameters=Run.parameters.op("||")(cast(asked, JSONB))))
+        session.commit()
+    page = " ".join(browser.get(f"/runs/{run.id}").text.split())
+    assert "2 clusters, found · SCL, whole network · seed 3" in page
+    assert re.search(r'name="clusters"[^>]* value="2" required disabled>', page)
+    assert re.search(r'type="checkbox" id="auto" name="clusters" value="auto"[^>]* checked>', page)
+    assert '<option value="full" selected>' in page
+    assert '<option value="net.pth" selected>' in page
+    assert 'value="timm/x.y"' in page
+    for method in TRAIN_OF_METHOD:
+        assert page.count(f'<option value="{method}"') == 1
 
 
 @pytest.mark.parametrize("unknown", [{}, {"quality": None, "baseline": None}])

@@ -95,7 +95,25 @@ def test_a_path_that_is_not_there_and_one_cluster(service: str, tmp_path: Path):
     done = kindred(service, "cluster", "nowhere.zip", "--clusters", "1", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: Invalid value for '--clusters' / '-k'")
-    assert "greater than or equal to 2" in done.stderr
+    assert "1 is neither a whole number from 2 to 4096 nor auto" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "simclr", "--train", "head"], "error: --train: method simclr trains full only\n"),
+        (["--backbone", "resnet18"], "error: --weights: backbone resnet18 comes without weights"),
+        (["--weights", "../net.pth"], "error: --weights: must be random, or the name of a file"),
+    ],
+)
+def test_parameters_that_do_not_go_together_are_refused_before_anything_is_sent(
+    tmp_path: Path, arguments: list[str], words: str
+):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(4)))
+    done = kindred("http://127.0.0.1:1", "cluster", "photos.zip", "-k", "auto", *arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(words)
     assert done.stderr.count("\n") == 1
 
 

@@ -16,6 +16,7 @@ from app import storage
 from app.db.session import open_session
 from app.db.tables import Assignment, Image, Run, Upload
 from app.services import collections, results, runs
+from app.services.parameters import Parameters
 from tests.pictures import picture
 from worker.supervise import supervise
 from worker.sweep import sweep
@@ -57,7 +58,7 @@ def collection_of(count: int) -> uuid.UUID:
 
 def new_run(collection_id: uuid.UUID, **parameters: object) -> uuid.UUID:
     with open_session() as session:
-        run = runs.create(session, collection_id, runs.Parameters(**{"clusters": 2, **parameters}))
+        run = runs.create(session, collection_id, Parameters(**{"clusters": 2, **parameters}))
         session.commit()
         return run.id
 

@@ -1,6 +1,7 @@
 // Buttons and forms that write: cancel, delete, start a run.
 
 import { call, show } from './api.js';
+import { parametersOf } from './fields.js';
 
 async function attempt(button, problem, work) {
   const label = button.textContent;
@@ -32,15 +33,6 @@ for (const button of document.querySelectorAll('[data-delete]')) {
     await call('DELETE', button.dataset.delete);
     location.assign('/');
   }));
-}
-
-// Fields of a run as JSON: what is left empty is left out, so that the service resolves it.
-function parametersOf(form) {
-  const parameters = {};
-  for (const [name, value] of new FormData(form)) {
-    if (value !== '') parameters[name] = form.elements[name].type === 'number' ? Number(value) : value;
-  }
-  return parameters;
 }
 
 for (const form of document.querySelectorAll('form[data-send]')) {

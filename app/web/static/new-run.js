@@ -1,6 +1,7 @@
 // The drop zone: images, a folder or an archive in, progress while they are sent, then the run's page.
 
 import { detailOf, show } from './api.js';
+import { fieldsOf } from './fields.js';
 
 const form = document.getElementById('new-run');
 const zone = document.getElementById('drop');
@@ -100,7 +101,7 @@ form.addEventListener('submit', (event) => {
     return;
   }
   const body = new FormData();
-  for (const [name, value] of new FormData(form)) if (value !== '') body.append(name, value);
+  for (const [name, value] of fieldsOf(form)) body.append(name, value);
   for (const { file, name } of files) body.append('file', file, name);
   show(problem, '');
   isSending(true);
