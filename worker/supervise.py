@@ -8,7 +8,6 @@ import os
 import queue as queues
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -30,11 +29,13 @@ from app.errors import Invalid
 from app.services import jobs, results, runs
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
+from worker.command import trainer_command
 
 log = structlog.get_logger(__name__)
 
 _TICK_S = 0.5
 _PROGRESS_EVERY_S = 1.0
+# How long a trainer that is asked to leave may take: it ends its step and writes a checkpoint.
 _TERMINATE_S = 15.0
 _LOG_TAIL = 4000
 
@@ -47,8 +48,10 @@ class _Attempt:
     number: int
     folder: Path
     image_ids: list[uuid.UUID]
+    parameters: dict[str, Any]
     news: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
+    stopped: bool = False  # by a signal that was not ours, with a checkpoint written
 
 
 class _Lost(Exception):
@@ -76,7 +79,11 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         session.commit()
     log.info("run_claimed", run=str(run_id), attempt=number, images=len(images))
     attempt = _Attempt(
-        run_id=run_id, number=number, folder=storage.run(run_id), image_ids=[image[0] for image in images]
+        run_id=run_id,
+        number=number,
+        folder=storage.run(run_id),
+        image_ids=[image[0] for image in images],
+        parameters=parameters,
     )
     try:
         runs.check_enough(parameters["clusters"], len(images))
@@ -84,22 +91,20 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
     except Invalid as error:
         _end(attempt, {"code": error.code, "detail": error.detail})
         return
-    _write_specification(attempt, collection_id, images, parameters)
+    _write_specification(attempt, collection_id, images)
     try:
         status = _watch(attempt, stop)
     except _Lost:
         log.warning("run_lost", run=str(run_id), attempt=number)
     except _Cancelled:
         with open_session() as session:
-            jobs.end_cancelled(session, run_id, number)
+            ours = jobs.end_cancelled(session, run_id, number)
             session.commit()
+        if ours:
+            storage.remove(_checkpoint(attempt))
         log.info("run_cancelled", run=str(run_id), attempt=number)
     except _Stopping:
-        with open_session() as session:
-            jobs.release(session, Run, run_id, number)
-            session.commit()
-        queue.ring_run(run_id)
-        log.info("run_released", run=str(run_id), attempt=number)
+        _release(attempt)
     else:
         _conclude(attempt, status)
 
@@ -108,13 +113,13 @@ def _write_specification(
     attempt: _Attempt,
     collection_id: uuid.UUID,
     images: list[tuple[uuid.UUID, str, str]],
-    parameters: dict[str, Any],
 ) -> None:
-    named = parameters.get("weights")
+    named = attempt.parameters.get("weights")
     specification = {
-        "parameters": parameters,
+        "parameters": attempt.parameters,
         "weights": named if named in (None, "random") else str(storage.weights(named)),
         "features": str(storage.features(collection_id)),
+        "checkpoint": str(_checkpoint(attempt)),
         "images": [
             {"key": sha256, "path": str(storage.original(collection_id, sha256)), "filename": filename}
             for _, sha256, filename in images
@@ -125,11 +130,16 @@ def _write_specification(
         file.write(json.dumps(specification).encode())
 
 
+def _checkpoint(attempt: _Attempt) -> Path:
+    """What a later attempt goes on from; gone with the end of the run."""
+    return attempt.folder / "checkpoint"
+
+
 def _watch(attempt: _Attempt, stop: threading.Event) -> int:
     """Run the trainer to its end; its exit status. Whatever else ends the attempt is an exception."""
     with (attempt.folder / "trainer.log").open("ab") as errors:
         trainer = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", str(attempt.folder)],
+            trainer_command(attempt.folder, attempt.parameters),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -185,6 +195,8 @@ def _take_news(attempt: _Attempt, lines: "queues.SimpleQueue[bytes | None]") -> 
         kind = event.pop("event")
         if kind == "error":
             attempt.error = {"code": event["code"], "detail": event["detail"]}
+        elif kind == "stopped":
+            attempt.stopped = True
         else:
             attempt.news.update(event)
     return False
@@ -234,6 +246,8 @@ def _conclude(attempt: _Attempt, status: int) -> None:
         _store(attempt)
     elif attempt.error is not None:
         _end(attempt, attempt.error)
+    elif attempt.stopped:
+        _release(attempt)
     elif status < 0:
         log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, signal=-status)
         with open_session() as session:
@@ -255,10 +269,21 @@ def _conclude(attempt: _Attempt, status: int) -> None:
         )
 
 
+def _release(attempt: _Attempt) -> None:
+    """Give the run back; whoever claims it next goes on from its checkpoint."""
+    with open_session() as session:
+        jobs.release(session, Run, attempt.run_id, attempt.number)
+        session.commit()
+    queue.ring_run(attempt.run_id)
+    log.info("run_released", run=str(attempt.run_id), attempt=attempt.number)
+
+
 def _end(attempt: _Attempt, problem: dict[str, str]) -> None:
     with open_session() as session:
-        jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
+        ours = jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
         session.commit()
+    if ours:
+        storage.remove(_checkpoint(attempt))
     log.warning("run_failed", run=str(attempt.run_id), attempt=attempt.number, code=problem["code"])
 
 
@@ -280,6 +305,7 @@ def _store(attempt: _Attempt) -> None:
         if won:
             results.store(session, attempt.run_id, _clusters(attempt, report), _assignments(attempt, columns))
             session.commit()
+            storage.remove(_checkpoint(attempt))
             log.info("run_succeeded", run=str(attempt.run_id), attempt=attempt.number)
             return
         session.rollback()

@@ -1,0 +1,43 @@
+"""How the trainer is started: one process, or one for each GPU where several train one network."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app.config import settings
+from app.processes import launch_command
+
+_TRAINER = ("-m", "worker.trainer")
+
+
+def trainer_command(folder: Path, parameters: Mapping[str, Any]) -> list[str]:
+    """The command line that trains what `folder` specifies.
+
+    A head trains on cached features in seconds; only a backbone is worth more than one GPU.
+    """
+    several = gpus() if parameters.get("train") == "full" else 1
+    if several < 2:
+        return [sys.executable, *_TRAINER, str(folder)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)]
+    # The trainers die with torchrun, and torchrun with us: by itself it would go on without its supervisor.
+    return launch_command([sys.executable, *torchrun, *_TRAINER, str(folder)], None)
+
+
+def gpus() -> int:
+    """How many CUDA devices a trainer would see, without loading what could ask them."""
+    told = settings().gpus
+    if told is not None:
+        return told
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        # CUDA sees the devices before the first that is none.
+        names = [name.strip() for name in visible.split(",")]
+        return next((place for place, name in enumerate(names) if name in ("", "-1")), len(names))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
