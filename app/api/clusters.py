@@ -66,11 +66,13 @@ def list_cluster_images(
 def get_report(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Any:
     """Sizes and metrics: the evidence for how far the grouping can be trusted."""
     run = runs.get_succeeded(session, run_id)
+    sizes = results.sizes(session, run_id)
     report = ReportOut(
         run_id=run.id,
+        clusters=len(sizes),
         parameters=run.parameters,
         provenance=run.provenance,
         metrics=run.metrics or {},
-        sizes=results.sizes(session, run_id),
+        sizes=sizes,
     )
     return not_modified(request, response, f"{run_id}-report") or report

@@ -251,7 +251,13 @@ class MemberOut(BaseModel):
 
 class ReportOut(BaseModel):
     run_id: uuid.UUID
+    clusters: int = Field(description="How many groups there are; empty ones count.")
     parameters: dict[str, Any]
     provenance: dict[str, Any] | None
-    metrics: dict[str, Any]
-    sizes: list[int]
+    metrics: dict[str, Any] = Field(
+        description="The evidence: `auto`, the number of clusters found and the sweep it came from; `restarts`, how "
+        "far independent starts agree; `baseline`, k-means on the same features; `tree`, the merge tree with its "
+        "levels; `calibration`; `warnings`; `quality`, where true labels are known. What a run has not is missing "
+        "or null."
+    )
+    sizes: list[int] = Field(description="Images in each cluster, by its number.")

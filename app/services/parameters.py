@@ -42,7 +42,7 @@ TRAIN_OF_METHOD: Mapping[str, tuple[Train, ...]] = MappingProxyType(
         "pica": ("full",),
     }
 )
-BACKBONES = ("efficientnet_lite0", "resnet18", "resnet34")
+BACKBONES = ("efficientnet_lite0", "resnet10_slim", "resnet18", "resnet34")
 PRETRAINED = ("efficientnet_lite0",)
 
 

@@ -214,3 +214,13 @@ def names(session: Session, run_id: uuid.UUID, numbers: Iterable[int]) -> dict[i
         select(Cluster.cluster, Cluster.name).where(Cluster.run_id == run_id, Cluster.cluster.in_(list(numbers)))
     )
     return dict(rows.all())
+
+
+def faces(session: Session, run_id: uuid.UUID, numbers: Iterable[int]) -> dict[int, uuid.UUID]:
+    """The most typical image of each of those clusters that is not empty."""
+    rows = session.execute(
+        select(Representative.cluster, Representative.image_id).where(
+            Representative.run_id == run_id, Representative.cluster.in_(list(numbers)), Representative.rank == 0
+        )
+    )
+    return dict(rows.all())

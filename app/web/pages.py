@@ -13,7 +13,7 @@ from app.db.tables import Run, Upload
 from app.errors import NotFound
 from app.services import collections, images, results, runs, uploads
 from app.services.pages import encode
-from app.web import problem_pages, render
+from app.web import evidence, problem_pages, render
 from app.web.guard import CrossSiteGuard
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
@@ -134,6 +134,8 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
         pager = Pager.of(page, len(sizes), CLUSTERS_A_PAGE)
         found = results.clusters(session, run_id, CLUSTERS_A_PAGE, pager.cursor(CLUSTERS_A_PAGE))
         metrics = view.row.metrics or {}
+        levels = evidence.levels(metrics)
+        merged = {number for level in levels for group in level.merged for number in group}
         return render.page(
             "result.html",
             **context,
@@ -142,8 +144,11 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
             images=sum(sizes),
             pager=pager,
             metrics=metrics,
-            quality=metrics.get("quality"),
-            baseline=(metrics.get("baseline") or {}).get("quality"),
+            sweep=evidence.sweep(metrics),
+            comparison=evidence.comparison(metrics),
+            levels=levels,
+            names=results.names(session, run_id, merged),
+            faces=results.faces(session, run_id, merged),
         )
 
 

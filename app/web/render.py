@@ -35,8 +35,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     for filter_ in (
-        wording.ago, wording.count, wording.duration, wording.filesize, wording.moment, wording.percent,
-        wording.stage, wording.time_left,
+        wording.ago, wording.agreement, wording.count, wording.duration, wording.filesize, wording.moment,
+        wording.percent, wording.stage, wording.time_left,
     ):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     environment.globals |= {

@@ -25,8 +25,17 @@ METHODS = {
     "cc": "Contrastive Clustering",
     "pica": "PICA",
 }
-TRAIN = {"head": "Only a head, on a network that stays as it is", "full": "The whole network"}
+TRAIN = {"head": "Head only", "full": "Whole network"}
 OUTCOMES = {"accepted": "Accepted", "duplicate": "Duplicate", "rejected": "Rejected"}
+
+# By the least adjusted Rand index that they hold for.
+_AGREEMENTS = (
+    (0.95, "are almost the same"),
+    (0.8, "agree closely"),
+    (0.6, "agree for the most part"),
+    (0.3, "agree in part"),
+)
+_DISAGREEMENT = "differ widely"
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -46,6 +55,11 @@ def percent(share: float) -> str:
     if 0 < share < 0.005:
         return "<1%"
     return f"{share:.0%}"
+
+
+def agreement(index: float) -> str:
+    """What an adjusted Rand index between groupings says: 1 is the same grouping, 0 what chance gives."""
+    return next((words for least, words in _AGREEMENTS if index >= least), _DISAGREEMENT)
 
 
 def duration(seconds: float) -> str:

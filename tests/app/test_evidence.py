@@ -1,0 +1,135 @@
+"""The evidence on a result page: the choice of K, the baseline, the restarts, the merge tree."""
+
+import re
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.db.session import open_session
+from app.services import results
+from app.web import evidence, wording
+from tests.app.test_web import HOSTILE, METRICS, PAGE, finished_run
+
+AUTO = {
+    "clusters": 2,
+    "sweep": [{"clusters": 2, "score": 0.75}, {"clusters": 3, "score": 0.5}, {"clusters": 4, "score": None}],
+    "rejected": [{"clusters": 3, "reason": HOSTILE}, {"clusters": 4, "score": 0.125}],
+}
+BASELINE = {"method": "kmeans", "agreement": 0.71, "sizes": [3, 2]}
+TREE = {"levels": [{"groups": [[0], [1]]}, {"groups": [[1, 0]]}]}
+WHOLE = METRICS | {
+    "auto": AUTO,
+    "baseline": BASELINE | METRICS["baseline"],
+    "restarts": {"count": 6, "agreement": 0.87},
+    "tree": TREE,
+}
+
+
+def words_of(page: str) -> str:
+    """What a page says, without its tags."""
+    words = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    return re.sub(r" (?=[.,)])|(?<=\() ", "", words)
+
+
+def test_the_chosen_number_is_shown_with_what_was_tried_and_rejected(api: TestClient):
+    page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
+    words = words_of(page)
+    assert "Why 2 clusters" in words
+    assert "score 0.750" in words
+    assert "Not 4: score 0.125" in words
+    assert "Not 3: &lt;script&gt;" in words
+    assert len(re.findall("<circle", page)) == 2
+
+
+def test_the_baseline_stands_beside_the_run_without_true_labels_too(api: TestClient):
+    metrics = WHOLE | {"quality": None, "baseline": BASELINE | {"quality": None}}
+    page = api.get(f"/runs/{finished_run(metrics=metrics).id}", headers=PAGE).text
+    words = words_of(page)
+    assert "Quality" not in words
+    assert "SCL and of k-means on the same features agree for the most part (ARI 0.71)" in words
+    assert "SCL: 4 images in the largest group, 1 in the smallest" in words
+    assert "k-means: 3 images in the largest group, 2 in the smallest" in words
+    assert len(re.findall("<rect", page.partition("Beside plain k-means")[2])) == 4
+
+
+def test_how_far_restarts_agree_is_said_in_words(api: TestClient):
+    run = finished_run(metrics=WHOLE)
+    words = words_of(api.get(f"/runs/{run.id}", headers=PAGE).text)
+    assert "6 independent starts agree closely (ARI 0.87)." in words
+    run = finished_run(metrics=WHOLE | {"restarts": {"count": 6, "agreement": 0.2}})
+    words = words_of(api.get(f"/runs/{run.id}", headers=PAGE).text)
+    assert "6 independent starts differ widely (ARI 0.20), so another seed may well give other groups." in words
+    for few in ({"count": 1, "agreement": None}, None):
+        run = finished_run(metrics=WHOLE | {"restarts": few})
+        assert "independent starts" not in api.get(f"/runs/{run.id}", headers=PAGE).text
+
+
+def test_the_levels_of_the_tree_name_what_merges(api: TestClient):
+    page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
+    levels = page.partition('id="levels-title"')[2].partition("</section>")[0]
+    assert re.findall(r"<h3>([^<]*)</h3>", levels) == ["1 group"]
+    assert re.findall(r'href="/runs/[^"]*/clusters/(\d)"', levels) == ["0", "1"]
+    assert "<script" not in levels
+
+
+@pytest.mark.parametrize("missing", ["auto", "baseline", "restarts", "tree", "warnings", "quality", "sizes"])
+@pytest.mark.parametrize("as_null", [True, False])
+def test_what_a_run_does_not_say_is_not_shown(api: TestClient, missing: str, *, as_null: bool):
+    metrics = {name: value for name, value in WHOLE.items() if name != missing} | ({missing: None} if as_null else {})
+    run = finished_run(metrics=metrics)
+    for path in (f"/runs/{run.id}", "/", f"/collections/{run.collection_id}"):
+        assert api.get(path, headers=PAGE).status_code == 200, path
+
+
+def test_the_report_gives_all_of_it_and_is_cached(api: TestClient):
+    run = finished_run(metrics=WHOLE)
+    answer = api.get(f"/v1/runs/{run.id}/report")
+    body = answer.json()
+    assert body["metrics"] == WHOLE
+    assert (body["clusters"], body["sizes"]) == (2, [4, 1])
+    again = api.get(f"/v1/runs/{run.id}/report", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_sweep_spans_the_drawing_from_its_least_to_its_greatest_score():
+    found = evidence.sweep({"auto": AUTO})
+    assert found is not None
+    assert [(p.x, p.y, p.chosen) for p in found.points] == [
+        (evidence.MARGIN, evidence.MARGIN, True),
+        (evidence.WIDTH - evidence.MARGIN, evidence.HEIGHT - evidence.MARGIN, False),
+    ]
+    flat = evidence.sweep({"auto": {"clusters": 5, "sweep": [{"clusters": 5, "score": 1.0}]}})
+    assert flat is not None
+    assert [(p.x, p.y) for p in flat.points] == [(evidence.WIDTH / 2, evidence.HEIGHT / 2)]
+
+
+def test_bars_of_both_groupings_share_one_scale():
+    found = evidence.comparison({"sizes": [8, 2], "baseline": {"sizes": [6, 4]}})
+    assert found is not None
+    heights = [bar.height / evidence.BAR_HEIGHT for sizes in (found.ours, found.baseline) for bar in sizes.bars]
+    assert heights == pytest.approx([1, 0.25, 0.75, 0.5])
+
+
+def test_levels_come_finest_first_without_those_that_merge_nothing():
+    tree = {"levels": [{"groups": [[0, 1, 2, 3]]}, {"groups": [[3, 1], [0, 2]]}, {"groups": [[0], [1], [2], [3]]}]}
+    assert [(level.groups, level.merged, level.alone) for level in evidence.levels({"tree": tree})] == [
+        (2, [[1, 3], [0, 2]], 0),
+        (1, [[0, 1, 2, 3]], 0),
+    ]
+
+
+def test_faces_are_the_most_typical_images(database: None):
+    run = finished_run(metrics=WHOLE)
+    with open_session() as session:
+        found = results.faces(session, run.id, [0, 1, 7])
+        for number in (0, 1):
+            assert found[number] == results.members(session, run.id, number, 1, None).items[0].image_id
+    assert set(found) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [(1, "are almost the same"), (0.8, "agree closely"), (0.79, "agree for the most part"), (-0.1, "differ widely")],
+)
+def test_agreement_in_words(index: float, words: str):
+    assert wording.agreement(index) == words
