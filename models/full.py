@@ -1,0 +1,336 @@
+"""`full` training: the backbone trains too, from pretrained or from random weights, under any objective.
+
+Letters in shapes: N images, V views, B batch of this process, G global batch, C colours, S pixels a side,
+F features of the backbone.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import checkpoint, distributed, networks, views
+from models.checkpoint import Checkpoint
+from models.config import InputError
+from models.fit import Fit, seed_of
+from models.objective import Objective, ObjectiveFactory
+from models.progress import Step
+
+# Between yields inside of an epoch, and between questions to `stop`.
+REPORT_EVERY_S = 2.0
+ENCODE_BATCH = 256
+
+
+class Stopped(Exception):
+    """Asked to stop: the state is in the checkpoint, where there is a folder for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig:
+    """Settings of the engine, whatever the objective."""
+
+    batch: int | None = None  # images a step over all processes; None: 256, and 64 above 64 pixels
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3  # of heads, and of a backbone with random weights
+    pretrained_learning_rate: float = 1e-4  # of a backbone that knows something already
+    weight_decay: float = 1e-4  # of matrices and filters
+    warmup: float = 0.1  # share of the steps in which the rate rises; it falls as a cosine after
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the backbone; auto: what the device does faster
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "pretrained_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.batch is not None and self.batch < 2:
+            raise ValueError(f"batch is {self.batch}; it must be at least 2")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it must be at least 0 and below 1")
+
+
+def train(pixels_NSSC: np.ndarray, *, restarts: int, seed: int, **settings: Any) -> Generator[Step, None, Fit]:
+    """Train, then group the features of every image; settings are those of `Training`.
+
+    Under torchrun this is for process 0; the others run `Training(...).run()` and `.features()` beside it.
+    """
+    training = Training(pixels_NSSC, seed=seed, **settings)
+    yield from training.run()
+    features_NF = training.features()
+    fit = training.objective.answer(features_NF, seed=seed, restarts=restarts)
+    yield Step(done=training.total, total=training.total)
+    return fit
+
+
+class Training:
+    """A backbone and an objective on their way through the epochs; `run` may be called again after a kill.
+
+    Args:
+        pixels_NSSC: uint8, of every image; may be a memory map.
+        objective: its class, or a function that makes it.
+        backbone: see `networks.network`.
+        weights: see `networks.network`.
+        clusters: how many groups.
+        epochs: passes over the collection.
+        seed: of the weights, the order and the views; same seed, same bits on the same CPU.
+        device: "cpu", "cuda" or "cuda:1".
+        config: settings of the engine.
+        checkpoint_dir: where to keep the state, and to look for one to go on from; None keeps none.
+        checkpoint_every_s: seconds between checkpoints.
+        images_digest: names the images in the checkpoint; by default SHA-256 of the pixels.
+        stop: asked after every step; once true, the state is saved and `Stopped` raised.
+
+    Raises:
+        InputError: weights that do not fit, fewer images than processes, another run's checkpoint.
+
+    """
+
+    def __init__(
+        self,
+        pixels_NSSC: np.ndarray,
+        *,
+        objective: ObjectiveFactory,
+        backbone: str,
+        weights: str | None,
+        clusters: int,
+        epochs: int,
+        seed: int,
+        device: str = "cpu",
+        config: FullConfig | None = None,
+        checkpoint_dir: Path | None = None,
+        checkpoint_every_s: float = 30.0,
+        images_digest: str | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.pixels_NSSC, self.epochs, self.seed, self.device = pixels_NSSC, epochs, seed, device
+        self.config = config or FullConfig()
+        self.checkpoint_dir, self.checkpoint_every_s = checkpoint_dir, checkpoint_every_s
+        self.stop = stop or (lambda: False)
+        images, size = pixels_NSSC.shape[:2]
+        if images < 2 * distributed.world_size():
+            raise InputError(f"{images} images are too few to train on in {distributed.world_size()} processes")
+        # All draws of the weights and the objectives are from torch's own generators, the views' from this one.
+        torch.manual_seed(seed_of(seed, 0))
+        self.generator = torch.Generator().manual_seed(seed_of(seed, 1))
+        network = networks.network(backbone, weights=weights, image_size=size)
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's
+        made = objective(feature_size=network.feature_size, images=images, clusters=clusters, epochs=epochs)
+        self.objective: Objective = made.to(device)
+        self.replica = distributed.replicated(self.network, device=device)
+        self.augmentations = [views.augmentation(name, image_size=size) for name in made.view_strengths]
+        self.precision = precision(self.config.precision, device)
+        self.batch = self.config.batch or (256 if size <= networks.SMALL_IMAGE else 64)
+        self.steps = max(1, round(images / self.batch))  # of an epoch
+        self.total = self.steps * epochs
+        self.done = 0  # steps
+        self.optimizer = self.make_optimizer(pretrained=weights != "random")
+        about_objective = getattr(made, "config", None)
+        self.identity = {
+            "objective": f"{type(made).__module__}.{type(made).__qualname__}",
+            "objective_config": asdict(about_objective) if is_dataclass(about_objective) else None,  # type: ignore[arg-type]
+            "engine": {**asdict(self.config), "batch": self.batch, "precision": str(self.precision)},
+            "backbone": backbone,
+            "weights": networks.digest(backbone, weights),
+            "image_size": size,
+            "clusters": clusters,
+            "epochs": epochs,
+            "seed": seed,
+            "images": images_digest or sha256(np.ascontiguousarray(pixels_NSSC).data).hexdigest(),
+        }
+
+    def make_optimizer(self, *, pretrained: bool) -> torch.optim.Optimizer:
+        config = self.config
+        backbone_rate = config.pretrained_learning_rate if pretrained else config.learning_rate
+        groups = []
+        for module, rate in ((self.network, backbone_rate), (self.objective, config.learning_rate)):
+            for decay, wanted in ((config.weight_decay, True), (0.0, False)):
+                # Biases and normalisations are not drawn to zero, as usual.
+                found = [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == wanted]
+                if found:
+                    groups.append({"params": found, "lr": rate, "peak_rate": rate, "weight_decay": decay})
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.AdamW(groups, fused=True)
+
+    def run(self) -> Generator[Step, None, None]:
+        """Go through the epochs, from the checkpoint where there is one.
+
+        Raises:
+            Stopped: `stop` said so.
+            InputError: the loss is no longer a number.
+
+        """
+        self.resume()
+        saved_s = reported_s = time.monotonic()
+        yield Step(done=self.done, total=self.total)
+        while self.done < self.total:
+            epoch, first = divmod(self.done, self.steps)
+            if first == 0:
+                self.begin_epoch(epoch)
+            sums: dict[str, float] = {}
+            for number, (rows_G, pixels_BSSC) in enumerate(self.batches(epoch, first), start=1):
+                for name, value in self.step(rows_G, pixels_BSSC).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                self.done += 1
+                now_s = time.monotonic()
+                stopping = distributed.anywhere(self.stop(), device=self.device)
+                if stopping or self.done == self.total or now_s - saved_s >= self.checkpoint_every_s:
+                    self.save()
+                    saved_s = now_s
+                if stopping:
+                    raise Stopped(f"stopped after {self.done} of {self.total} steps")
+                if self.done % self.steps == 0 or now_s - reported_s >= REPORT_EVERY_S:
+                    reported_s = now_s
+                    means = {name: value / number for name, value in sums.items()}
+                    yield Step(done=self.done, total=self.total, details={"epoch": epoch + 1.0, **means})
+
+    def begin_epoch(self, epoch: int) -> None:
+        distributed.broadcast(self.objective)
+        self.objective.train()
+        self.objective.begin_epoch(epoch)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of every step from `first` on: rows of the global batch, pixels of this process's share."""
+        world, rank = distributed.world_size(), distributed.rank()
+        order = torch.randperm(
+            len(self.pixels_NSSC), generator=torch.Generator().manual_seed(seed_of(self.seed, 2 + epoch))
+        )
+        # Shares are of one size: up to `world - 1` images of a batch sit this epoch out.
+        rows = [rows_G[: len(rows_G) // world * world] for rows_G in order.tensor_split(self.steps)][first:]
+
+        def fetch(rows_G: Tensor) -> Tensor:
+            # By numpy: a second thread that uses torch's pool would get a second pool.
+            pixels_BSSC = torch.from_numpy(self.pixels_NSSC[rows_G.chunk(world)[rank].numpy()])
+            return pixels_BSSC.pin_memory() if self.device.startswith("cuda") else pixels_BSSC
+
+        with ThreadPoolExecutor(1, thread_name_prefix="fetch") as pool:
+            ahead = pool.submit(fetch, rows[0])
+            for number, rows_G in enumerate(rows):
+                ready = ahead.result()
+                if number + 1 < len(rows):
+                    ahead = pool.submit(fetch, rows[number + 1])
+                yield rows_G.to(self.device), ready.to(self.device, non_blocking=True)
+
+    def step(self, rows_G: Tensor, pixels_BSSC: Tensor) -> dict[str, float]:
+        """One step of the optimiser on this batch."""
+        through = self.done / self.total
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_rate"] * schedule(through, warmup=self.config.warmup, total=self.total)
+        h_VBF = self.forward(self.views(pixels_BSSC))
+        loss, details = self.objective.loss(distributed.gather(h_VBF), rows_G)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise InputError(f"the training left the numbers at step {self.done}: the loss is {value}")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        distributed.average_gradients(self.objective.parameters())
+        self.optimizer.step()
+        self.objective.end_step()
+        return {"loss": value, **details}
+
+    def views(self, pixels_BSSC: Tensor) -> Tensor:
+        """All views of this process's share, one view after the other; shape (VB, C, S, S)."""
+        world, rank, share = distributed.world_size(), distributed.rank(), len(pixels_BSSC)
+        made = []
+        for augmentation in self.augmentations:
+            # Choices are drawn for the global batch, so that the number of processes changes nothing.
+            choices = views.draw(augmentation, share * world, self.generator)
+            own = choices[slice(rank * share, (rank + 1) * share)].to(self.device)
+            made.append(views.view(pixels_BSSC, own, mean=self.network.mean, std=self.network.std))
+        return torch.cat(made)
+
+    def forward(self, x_XCSS: Tensor) -> Tensor:
+        """Features of views that lie one after the other, float32 of shape (V, B, F)."""
+        self.replica.train()
+        with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.precision != torch.float32):
+            h_XF: Tensor = self.replica(x_XCSS)
+        return h_XF.float().view(len(self.augmentations), -1, h_XF.shape[1])
+
+    @torch.no_grad()
+    def features(self) -> np.ndarray:
+        """Features of every image as it is, float32 of shape (N, F), on every process."""
+        self.network.eval()
+        parts = []
+        for start in range(0, len(self.pixels_NSSC), ENCODE_BATCH):
+            pixels_BSSC = torch.from_numpy(np.array(self.pixels_NSSC[start : start + ENCODE_BATCH])).to(self.device)
+            x_BCSS = views.plain(pixels_BSSC, mean=self.network.mean, std=self.network.std)
+            with torch.autocast(
+                self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.precision != torch.float32
+            ):
+                parts.append(self.network(x_BCSS).float().cpu())
+        self.network.train()
+        return torch.cat(parts).numpy()
+
+    def save(self) -> None:
+        """Write the checkpoint, where this is the process to do it."""
+        if self.checkpoint_dir is None or distributed.rank() != 0:
+            return
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items() if value is not None}
+        tensors["random.views"] = self.generator.get_state()
+        tensors["random.torch"] = torch.get_rng_state()
+        if self.device.startswith("cuda"):
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint.save(
+            self.checkpoint_dir, Checkpoint(run=self.identity, position={"done": self.done}, tensors=tensors)
+        )
+
+    def resume(self) -> None:
+        """Go back to the state of the checkpoint, where there is one."""
+        found = None if self.checkpoint_dir is None else checkpoint.load(self.checkpoint_dir, run=self.identity)
+        if found is None:
+            return
+        self.done = found.position["done"]
+        if self.done % self.steps:
+            self.begin_epoch(self.done // self.steps)
+        self.network.load_state_dict(part(found.tensors, "network."))
+        self.objective.load_state_dict(part(found.tensors, "objective."))
+        state = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {
+            number: optimizer_state(part(found.tensors, f"optimizer.{number}."), parameter)
+            for number, parameter in enumerate(parameters)
+        }
+        self.optimizer.load_state_dict(state)
+        self.generator.set_state(found.tensors["random.views"])
+        torch.set_rng_state(found.tensors["random.torch"])
+        if "random.cuda" in found.tensors:
+            torch.cuda.set_rng_state(found.tensors["random.cuda"], self.device)
+
+
+def schedule(through: float, *, warmup: float, total: int) -> float:
+    """The learning rate as a share of its peak: a rising line, then half a cosine (Loshchilov and Hutter 2017)."""
+    if through < warmup:
+        return (through + 1 / total) / (warmup + 1 / total)
+    return (1 + math.cos(math.pi * (through - warmup) / (1 - warmup))) / 2
+
+
+def precision(wanted: str, device: str) -> torch.dtype:
+    """bfloat16 where the device computes in it: on CPUs with AVX-512 BF16 it more than doubled the speed."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # noqa: SLF001  # no other way
+
+
+def part(tensors: Any, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_state(saved: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Moments in the memory layout of their parameter, as the optimiser made them."""
+    return {
+        name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+        for name, value in saved.items()
+    }
