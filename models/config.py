@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 # `timm/NAME` with a local weights file joins them.
-BACKBONES = ("efficientnet_lite0", "resnet18", "resnet34")
+BACKBONES = ("efficientnet_lite0", "resnet10_slim", "resnet18", "resnet34")
 # Those whose pretrained weights come with a package.
 PRETRAINED = ("efficientnet_lite0",)
 
