@@ -1,5 +1,6 @@
 """The readers, on small files in the official formats; torchvision's readers are the second opinion."""
 
+import gzip
 import pickle
 import subprocess
 import tarfile
@@ -248,6 +249,23 @@ def test_links_in_an_archive_are_not_followed(tmp_path):
     link.type, link.linkname = tarfile.SYMTYPE, str(secret)
     tar_gz_of(tmp_path / "c.tar.gz", [(link, b"")])
     with pytest.raises(DatasetError, match=r"data_batch_1.* is missing"):
+        datasets.cifar10(tmp_path / "c.tar.gz", batch_images=2)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused_before_it_does(tmp_path):
+    bomb = tarfile.TarInfo("cifar-10-batches-bin/notes.txt")
+    bomb.size = 10**12
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(bomb.tobuf(tarfile.GNU_FORMAT)))
+    with pytest.raises(DatasetError, match=r"c\.tar\.gz unpacks to more than \d+ bytes"):
+        datasets.cifar10(tmp_path / "c.tar.gz", batch_images=2)
+
+
+def test_an_archive_that_is_cut_short_is_named(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py", PIXELS, LABELS)
+    tar_gz(tmp_path / "c.tar.gz", tmp_path / "cifar-10-batches-py")
+    whole = (tmp_path / "c.tar.gz").read_bytes()
+    (tmp_path / "c.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=r"c\.tar\.gz is no \.tar\.gz or damaged"):
         datasets.cifar10(tmp_path / "c.tar.gz", batch_images=2)
 
 
