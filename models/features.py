@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models import backbones, images
+from models import backbones, images, networks
 from models.files import write_atomically
 from models.progress import Step
 
@@ -44,6 +44,7 @@ def extract(
     sources: Sequence[Source],
     *,
     backbone: str,
+    weights: str | None = None,
     image_size: int,
     cache_dir: Path | None,
     threads: int,
@@ -55,20 +56,21 @@ def extract(
 
     Raises:
         UnreadableImageError: a source cannot be decoded.
+        InputError: the weights do not fit the backbone.
 
     """
     cache = None
     if cache_dir is not None:
-        weights = backbones.digest(backbone)[:16]
-        cache = cache_dir / f"{backbone}-{weights}-{image_size}-{images.PREPROCESSING}"
+        digest = networks.digest(backbone, weights)[:16]
+        cache = cache_dir / f"{backbone.replace('/', '-')}-{digest}-{image_size}-{images.PREPROCESSING}"
     row_of = {source.key: row for row, source in enumerate({s.key: s for s in sources}.values())}
-    features_UD = np.empty((len(row_of), backbones.FEATURE_SIZE), np.float16)
+    features_UD = np.empty((len(row_of), networks.feature_size(backbone, image_size=image_size)), np.float16)
     found = set(read_parts(cache, row_of, features_UD)) if cache else set()
     missing = [s for s in {s.key: s for s in sources}.values() if s.key not in found]
     yield Step(done=len(found), total=len(row_of))
 
     if missing:
-        encode = backbones.encoder(backbone, image_size=image_size, threads=threads, device=device)
+        encode = backbones.encoder(backbone, weights=weights, image_size=image_size, threads=threads, device=device)
         started, since_part, done = time.monotonic(), 0, 0
         for batch, pixels_BHWC in decoded(missing, size=image_size, threads=threads):
             # Every batch has the same shape: what an image becomes must not depend on its company.

@@ -59,7 +59,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         maps_BFHW: Tensor = self.layers.extract_features(x_BCHW)
-        return maps_BFHW.mean(dim=(2, 3))
+        return maps_BFHW.float().mean(dim=(2, 3))  # also under autocast: the mean keeps its digits
 
 
 class SlimResNet(nn.Module):
@@ -86,7 +86,7 @@ class SlimResNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         maps_BFHW: Tensor = self.layers(x_BCHW)
-        return maps_BFHW.mean(dim=(2, 3))
+        return maps_BFHW.float().mean(dim=(2, 3))  # also under autocast: the mean keeps its digits
 
 
 def network(name: str, *, weights: str | None, image_size: int) -> Network:

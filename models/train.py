@@ -20,13 +20,13 @@ from sklearn.metrics import adjusted_rand_score
 
 from models import metrics, representatives, scl
 from models.assign import by_size
-from models.backbones import digest
 from models.baselines import kmeans
 from models.config import Config, InputError
 from models.features import Source, UnreadableImageError, cores, extract
 from models.files import write_atomically
 from models.fit import Fit
 from models.images import PREPROCESSING
+from models.networks import digest
 from models.progress import Clock, Progress, Step
 
 __all__ = ["Config", "Grouping", "InputError", "Progress", "Source", "group", "save_model"]
@@ -85,6 +85,7 @@ def group(
     extraction = extract(
         sources,
         backbone=config.backbone,
+        weights=config.weights,
         image_size=config.image_size,
         cache_dir=cache_dir,
         threads=threads,
@@ -106,7 +107,7 @@ def group(
         baseline = yield from clock.follow("baseline", fit_method(plain, features_NF, device))
     grouping = yield from clock.follow("representatives", describe(config, fit, baseline, truth=truth))
     grouping.metrics["seconds"] = clock.seconds
-    grouping.metrics["backbone_sha256"] = digest(config.backbone)
+    grouping.metrics["backbone_sha256"] = digest(config.backbone, config.weights)
     return grouping
 
 
@@ -211,7 +212,7 @@ def save_model(grouping: Grouping, config: Config, folder: Path) -> None:
     description = {
         "version": 1,
         "config": asdict(config.resolved()),
-        "backbone_sha256": digest(config.backbone),
+        "backbone_sha256": digest(config.backbone, config.weights),
         "preprocessing": PREPROCESSING,
         "arrays": {name: list(array.shape) for name, array in arrays.items()},
     }

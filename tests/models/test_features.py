@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import backbones, features, images
+from models import backbones, features, images, networks
 from models.features import Source, UnreadableImageError
 from tests.models.conftest import finish
 
@@ -17,12 +17,12 @@ def run(sources, cache_dir, size=SIZE):
 
 @pytest.mark.parametrize("size", [64, 75, 224])
 def test_the_onnx_graph_computes_what_the_torch_network_does(size):
-    network = backbones.load("efficientnet_lite0", image_size=size)
+    network = networks.network("efficientnet_lite0", weights=None, image_size=size).eval()
     pixels_BHWC = np.random.default_rng(0).integers(256, size=(2, size, size, 3), dtype=np.uint8)
     with torch.inference_mode():
         x_BCHW = (torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
-        expected = network.extract_features(x_BCHW).mean(dim=(2, 3)).numpy()
-    ours = backbones.onnx_encoder(backbones.to_onnx(network), threads=1)(pixels_BHWC)
+        expected = network(x_BCHW).numpy()
+    ours = backbones.onnx_encoder(backbones.to_onnx(network.body.layers), threads=1)(pixels_BHWC)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     torchs = backbones.torch_encoder(network, device="cpu")(pixels_BHWC)
     np.testing.assert_allclose(torchs, expected, atol=1e-4)
@@ -30,7 +30,7 @@ def test_the_onnx_graph_computes_what_the_torch_network_does(size):
 
 def test_an_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="'resnet' is unknown; known are: efficientnet_lite0"):
-        backbones.digest("resnet")
+        networks.digest("resnet", None)
 
 
 def test_a_killed_extraction_resumes_where_its_last_part_ended(sources, tmp_path, monkeypatch):
