@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,8 +36,11 @@ class Settings:
     backbone: str
     epochs: int
     images: int | None = None  # of all images a fixed random part, chosen without looking at classes; None: all
+    pretraining_epochs: int = 0  # of SimCLR on unlabelled images (as many at most), before any method
 
     def __post_init__(self) -> None:
+        if self.pretraining_epochs < 0:
+            raise ValueError(f"pretraining_epochs is {self.pretraining_epochs}; it must be at least 0")
         for name in ("image_size", "epochs", "images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -107,10 +110,10 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
         "stl-10": Benchmark(
             clusters=10,
             images=13_000,
-            split="train + test",
+            split="train + test, and 100,000 without classes for the representation",
             read=datasets.stl10,
-            full=Settings(image_size=96, backbone="resnet34", epochs=1_000),
-            scaled=SCALED_48,
+            full=Settings(image_size=96, backbone="resnet34", epochs=1_000, pretraining_epochs=500),
+            scaled=replace(SCALED_48, pretraining_epochs=30),
         ),
         "imagenet-10": Benchmark(
             clusters=10,

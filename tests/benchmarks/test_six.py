@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import datasets, six
 from benchmarks.datasets import DatasetError
 from benchmarks.protocols import BENCHMARKS, IMAGENET_10, IMAGENET_DOGS, Settings, rows_of
-from models import images
+from models import images, networks
+from models.config import Config
 from tests.benchmarks.official import small_pictures, write_cifar10, write_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +113,20 @@ def test_the_command_measures_a_small_set(tmp_path, monkeypatch, capsys):
     assert lines[0] == "cifar-10: 12 images (train + test), 4 classes"
     assert lines[1].startswith("10 of them used")
     assert re.fullmatch(r"kmeans +head +300( +-?\d\.\d{3} ± 0\.000){3} +\d+\.\d +\d\.\d{3}", lines[3])
+
+
+def test_pretrained_weights_are_ones_that_full_training_starts_from(tmp_path):
+    settings = Settings(image_size=32, backbone="resnet10_slim", epochs=1, images=6, pretraining_epochs=2)
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        six.pretrain(small_pictures(8, pixels=96), settings, path, seed=seed, device="cpu")
+    config = Config(
+        clusters=2, method="simclr", train="full", backbone="resnet10_slim", image_size=32, weights=str(paths[0])
+    )
+    found = networks.network(config.backbone, weights=config.weights, image_size=32).state_dict()
+    fresh = networks.network(config.backbone, weights="random", image_size=32).state_dict()
+    assert not torch.equal(found["body.layers.0.weight"], fresh["body.layers.0.weight"])
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
 
 
 def test_the_command_says_what_is_missing_in_one_line(tmp_path, capsys):
