@@ -1,0 +1,132 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from models.baselines import temi
+from models.baselines.temi import TemiConfig
+from tests.models.conftest import finish
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As a run trains: more threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+HEADS = {"temi": (temi.train, {"epochs": 12, "restarts": 4})}
+
+
+def train(method, features_NF, **settings):
+    function, quick = HEADS[method]
+    return finish(function(features_NF, **{"clusters": 6, "seed": 0, **quick, **settings}))
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_far_groups_are_found(blobs, method):
+    features_NF, class_N = blobs
+    steps, fit = train(method, features_NF)
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+    assert fit.assignment.consensus_N.all()
+    assert [step.done for step in steps] == list(range(1, steps[-1].total + 1))
+    assert all(math.isfinite(value) for step in steps for value in step.details.values())
+    assert len(fit.model["centres"]) == 6
+    assert len(fit.scores) == 4
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_the_same_seed_gives_the_same_bits(blobs, method):
+    features_NF, _ = blobs
+    noise_NF = features_NF[np.random.default_rng(3).permutation(240)] + features_NF  # no clear groups
+    quick = {"epochs": 3}
+    (_, one), (_, two), (_, other) = (train(method, noise_NF, seed=seed, **quick) for seed in (0, 0, 1))
+    assert np.array_equal(one.assignment.confidence_N, two.assignment.confidence_N)
+    assert all(np.array_equal(one.model[name], two.model[name]) for name in one.model)
+    assert not np.array_equal(one.model["centres"], other.model["centres"])
+
+
+@pytest.mark.parametrize("method", HEADS)
+@pytest.mark.parametrize("copies", [1, 2, 150])
+def test_two_pictures_and_their_copies_are_told_apart(method, copies):
+    pair_NF = np.repeat(np.array([[1, 0, 2], [0, 1, 2]], np.float16), copies, axis=0)
+    _, fit = train(method, pair_NF, clusters=2, restarts=2)
+    assert fit.assignment.labels_N.shape == (2 * copies,)
+    assert np.isfinite(fit.assignment.confidence_N).all()
+    assert all(np.isfinite(array).all() for array in fit.model.values())
+    assert adjusted_rand_score(np.repeat([0, 1], copies), fit.assignment.labels_N) == 1
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_more_clusters_than_a_batch_has_images_do_not_disturb(method):
+    features_NF = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float16)
+    _, fit = train(method, features_NF, clusters=29, epochs=3)
+    assert np.isfinite(fit.assignment.margin_N).all()
+    assert fit.assignment.labels_N.max() < 29
+
+
+def probabilities(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.softmax(2 * torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def test_temis_loss_is_that_of_its_formula():
+    # Equations of the paper in loops: every pair in both directions, weighted by the teachers of all heads.
+    said, taught, mean = probabilities(3, 8, 5), probabilities(3, 8, 5, seed=1), probabilities(3, 1, 5, seed=2)
+    by_hand = np.zeros((3, 4))
+    for h in range(3):
+        for i in range(4):
+            weight = np.mean([sum(taught[g, i, k] * taught[g, i + 4, k] for k in range(5)) for g in range(3)])
+            for mine, other in ((i, i + 4), (i + 4, i)):
+                pmi = math.log(sum((said[h, mine, k] * taught[h, other, k]) ** 0.6 / mean[h, 0, k] for k in range(5)))
+                by_hand[h, i] -= weight * pmi / 2
+    ours = temi.temi_loss(said, taught, mean, beta=0.6)
+    np.testing.assert_allclose(ours.numpy(), by_hand.mean(axis=1))
+
+
+def test_certain_balanced_pairs_are_worth_log_k():
+    # One-hot and balanced: each pair shares log K nats, whatever beta.
+    certain = torch.eye(4, dtype=torch.float64).repeat(2, 1)[None]
+    loss = temi.temi_loss(certain, certain, torch.full((1, 1, 4), 0.25, dtype=torch.float64), beta=0.6)
+    assert loss.item() == pytest.approx(-math.log(4))
+
+
+def test_temis_heads_are_independent_networks():
+    # Head by head with torch's own layers.
+    heads = temi.Heads.new(sizes=(6, 5, 4, 3), heads=2, generator=torch.Generator().manual_seed(0), device="cpu")
+    heads.parts["hidden_bias"] += 0.1
+    z_BD = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    for head in range(2):
+        hidden, bottleneck = torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)
+        last = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3, bias=False))
+        own = {name: part[head] for name, part in heads.parts.items()}
+        with torch.no_grad():
+            hidden.weight.copy_(own["hidden"].T)
+            hidden.bias.copy_(own["hidden_bias"][0])
+            bottleneck.weight.copy_(own["bottleneck"].T)
+            bottleneck.bias.copy_(own["bottleneck_bias"][0])
+            last.parametrizations.weight.original1.copy_(own["directions"].T)
+            last.parametrizations.weight.original0.copy_(own["lengths"].T)
+            reached = torch.nn.functional.normalize(bottleneck(torch.nn.functional.gelu(hidden(z_BD))), dim=1)
+            expected = last(reached)
+        torch.testing.assert_close(heads.logits(z_BD)[head], expected)
+        torch.testing.assert_close(torch.from_numpy(heads.arrays(head)["centres"]), last.weight.detach())
+
+
+def test_the_rate_rises_and_falls():
+    assert [temi.schedule(through, 0.2) for through in (0, 0.1, 0.2)] == pytest.approx([0, 0.5, 1])
+    assert temi.schedule(0.6, 0.2) == pytest.approx(0.5)
+    assert temi.schedule(1, 0.2) == pytest.approx(0)
+
+
+def test_nonsense_settings_are_refused():
+    with pytest.raises(ValueError, match=r"beta is 0\.5"):
+        TemiConfig(beta=0.5)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        TemiConfig(temperature=0)
+    with pytest.raises(ValueError, match="teacher_momentum is 1"):
+        TemiConfig(teacher_momentum=1)
