@@ -80,6 +80,11 @@ def weights(name: str) -> Path:
     return _weights_dir() / name
 
 
+def levels(run_id: uuid.UUID) -> Path:
+    """The table of a finished run that has the group of every image at each level of the merge tree."""
+    return run(run_id) / "levels.csv"
+
+
 def all_incoming() -> Iterator[Path]:
     folder = _root() / "incoming"
     if folder.is_dir():

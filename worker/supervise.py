@@ -3,6 +3,8 @@
 The trainer knows no database; this side knows no torch. They speak by a folder and by JSON lines.
 """
 
+import csv
+import io
 import json
 import os
 import queue as queues
@@ -47,7 +49,7 @@ class _Attempt:
     run_id: uuid.UUID
     number: int
     folder: Path
-    image_ids: list[uuid.UUID]
+    images: list[tuple[uuid.UUID, str, str]]  # id, SHA-256, filename
     parameters: dict[str, Any]
     news: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
@@ -82,7 +84,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         run_id=run_id,
         number=number,
         folder=storage.run(run_id),
-        image_ids=[image[0] for image in images],
+        images=images,
         parameters=parameters,
     )
     try:
@@ -91,7 +93,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
     except Invalid as error:
         _end(attempt, {"code": error.code, "detail": error.detail})
         return
-    _write_specification(attempt, collection_id, images)
+    _write_specification(attempt, collection_id)
     try:
         status = _watch(attempt, stop)
     except _Lost:
@@ -109,11 +111,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         _conclude(attempt, status)
 
 
-def _write_specification(
-    attempt: _Attempt,
-    collection_id: uuid.UUID,
-    images: list[tuple[uuid.UUID, str, str]],
-) -> None:
+def _write_specification(attempt: _Attempt, collection_id: uuid.UUID) -> None:
     named = attempt.parameters.get("weights")
     specification = {
         "parameters": attempt.parameters,
@@ -122,7 +120,7 @@ def _write_specification(
         "checkpoint": str(_checkpoint(attempt)),
         "images": [
             {"key": sha256, "path": str(storage.original(collection_id, sha256)), "filename": filename}
-            for _, sha256, filename in images
+            for _, sha256, filename in attempt.images
         ],
     }
     attempt.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +189,11 @@ def _take_news(attempt: _Attempt, lines: "queues.SimpleQueue[bytes | None]") -> 
             return False
         if line is None:
             return True
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            log.warning("trainer_chatters", run=str(attempt.run_id), line=line[:200])  # a library that prints
+            continue
         kind = event.pop("event")
         if kind == "error":
             attempt.error = {"code": event["code"], "detail": event["detail"]}
@@ -292,6 +294,7 @@ def _store(attempt: _Attempt) -> None:
     report = json.loads((attempt.folder / "result.json").read_text())
     with np.load(attempt.folder / "result.npz") as arrays:
         columns = {name: arrays[name].tolist() for name in arrays.files}
+    _write_levels(attempt, {name: column for name, column in columns.items() if name.startswith("groups_")})
     with open_session() as session:
         won = jobs.finish(
             session,
@@ -314,6 +317,19 @@ def _store(attempt: _Attempt) -> None:
             session.commit()
 
 
+def _write_levels(attempt: _Attempt, columns: dict[str, list[int]]) -> None:
+    """Read as a whole or not at all, so a file and no table."""
+    if not columns:
+        return
+    with storage.atomic_write(storage.levels(attempt.run_id)) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image_id", "filename", *columns])
+        for (image_id, _, filename), *groups in zip(attempt.images, *columns.values(), strict=True):
+            writer.writerow([image_id, filename, *groups])
+        text.detach()
+
+
 def _clusters(attempt: _Attempt, report: dict[str, Any]) -> list[ClusterRow]:
     return [
         ClusterRow(
@@ -322,14 +338,14 @@ def _clusters(attempt: _Attempt, report: dict[str, Any]) -> list[ClusterRow]:
             size=row["size"],
             confidence=row["confidence"],
             cohesion=row["cohesion"],
-            representatives=[attempt.image_ids[position] for position in row["representatives"]],
+            representatives=[attempt.images[position][0] for position in row["representatives"]],
         )
         for number, row in enumerate(report["clusters"])
     ]
 
 
 def _assignments(attempt: _Attempt, columns: dict[str, list[Any]]) -> Iterator[AssignmentRow]:
-    for position, image_id in enumerate(attempt.image_ids):
+    for position, (image_id, _, _) in enumerate(attempt.images):
         yield AssignmentRow(
             position=position,
             image_id=image_id,

@@ -3,7 +3,11 @@
     python -m worker.trainer FOLDER
 
 FOLDER holds `specification.json` and receives `result.json`, `result.npz` and the model. Progress goes to
-standard output, a JSON event a line; logs to standard error.
+standard output, a JSON event a line; logs to standard error. Under torchrun the process of rank 0 speaks and writes
+for all.
+
+SIGTERM ends it. What trains a backbone first writes a checkpoint, from which the next one on the same FOLDER goes on;
+a head has nothing worth keeping but its features, which are cached as they are made.
 """
 
 import ctypes
@@ -11,7 +15,9 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,10 +25,15 @@ from typing import Any
 import numpy as np
 
 from app.storage import atomic_write
+from models import checkpoint
+from models.checkpoint import OtherRun
+from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
 
 _PR_SET_PDEATHSIG = 1
 EXIT_INPUT_ERROR = 2
+EXIT_STOPPED = 3
+_LEADS = os.environ.get("RANK", "0") == "0"
 
 
 def main() -> int:
@@ -30,17 +41,24 @@ def main() -> int:
     folder = Path(sys.argv[1])
     specification = json.loads((folder / "specification.json").read_text())
     try:
-        _train(folder, specification)
+        try:
+            _train(folder, specification)
+        except OtherRun:  # of this run, but written by another version of the algorithm
+            checkpoint.remove(Path(specification["checkpoint"]))
+            _train(folder, specification)
     except InputError as error:
         _tell("error", code="invalid-collection", detail=str(error))
         return EXIT_INPUT_ERROR
+    except Stopped:
+        _tell("stopped")
+        return EXIT_STOPPED
     return 0
 
 
 def _die_with_parent() -> None:
-    """A trainer whose supervisor is gone must not go on: another worker will claim its run."""
+    """A trainer whose supervisor is gone must not go on: another worker will claim its run and write its files."""
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit(1)
 
@@ -54,15 +72,16 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     images = specification["images"]
     sources = [Source(key=image["key"], path=Path(image["path"])) for image in images]
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
-    started = time.monotonic()
-    steps = group(config, sources, cache_dir=Path(specification["features"]), truth=names, threads=os.cpu_count())
-    while True:
-        try:
-            progress = next(steps)
-        except StopIteration as end:
-            grouping: Grouping = end.value
-            break
-        _tell_progress(progress, time.monotonic() - started)
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")))
+    stop = threading.Event()
+    resumable: dict[str, Any] = {}
+    if config.train == "full":
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        resumable = {"checkpoint": Path(specification["checkpoint"]), "stop": stop.is_set}
+    steps = group(config, sources, cache_dir=Path(specification["features"]), truth=names, threads=threads, **resumable)
+    grouping = _follow(steps, stop)
+    if not _LEADS:
+        return
     save_model(grouping, config, folder)
     _save_result(grouping, folder)
     _tell(
@@ -75,13 +94,31 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     )
 
 
+def _follow(steps: Generator[Progress, None, Grouping], stop: threading.Event) -> Grouping:
+    """Report the steps to their end."""
+    started = time.monotonic()
+    first: float | None = None  # where a resumed training goes on
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as end:
+            grouping: Grouping = end.value
+            return grouping
+        if stop.is_set() and progress.stage != "training":  # the training itself stops with a checkpoint
+            raise Stopped(f"stopped at the stage {progress.stage}")
+        first = progress.fraction if first is None else first
+        _tell_progress(progress, first, time.monotonic() - started)
+
+
 def _tell(event: str, **values: Any) -> None:
+    if not _LEADS and event != "error":
+        return
     print(json.dumps({"event": event, **values}), flush=True)  # noqa: T201 - the protocol
 
 
-def _tell_progress(progress: Progress, elapsed_s: float) -> None:
-    done = progress.fraction
-    eta_s = round(elapsed_s * (1 - done) / done, 1) if done > 0.02 else None
+def _tell_progress(progress: Progress, first: float, elapsed_s: float) -> None:
+    done, through = progress.fraction, progress.fraction - first
+    eta_s = round(elapsed_s * (1 - done) / through, 1) if through > 0.02 else None
     _tell("progress", stage=progress.stage, progress=round(min(done, 0.999), 4), eta_s=eta_s)
 
 
@@ -105,6 +142,7 @@ def _save_result(grouping: Grouping, folder: Path) -> None:
             runner_up=grouping.runner_up_N,
             margin=grouping.margin_N,
             consensus=grouping.consensus_N,
+            **getattr(grouping, "levels", {}),  # `groups_3`, `groups_10`: a column for each level of the merge tree
         )
     with atomic_write(folder / "result.json") as file:
         file.write(json.dumps({"clusters": clusters, "metrics": grouping.metrics}).encode())

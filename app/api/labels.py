@@ -2,12 +2,14 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import FileResponse, StreamingResponse
 
+from app import storage
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
 from app.api.replay import not_modified
 from app.api.streams import csv_answer, streamed
+from app.errors import NotFound
 from app.services import results, runs
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"])
@@ -43,4 +45,23 @@ def get_labels_json(run_id: uuid.UUID, request: Request, response: Response, ses
         "application/json",
         f"labels-{run_id}.json",
         {"ETag": response.headers["etag"]},
+    )
+
+
+@router.get(
+    "/levels.csv",
+    response_class=FileResponse,
+    responses={200: {"content": {"text/csv": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422)},
+)
+def get_levels_csv(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
+    """Every image's group at each level of the merge tree: a column `groups_N` for the collection read as N groups."""
+    runs.get_succeeded(session, run_id)
+    path = storage.levels(run_id)
+    if not path.is_file():
+        raise NotFound(f"Run {run_id} has no merge tree.", code="levels-not-found")
+    return not_modified(request, response, f"{run_id}-levels") or FileResponse(
+        path,
+        media_type="text/csv; charset=utf-8",
+        filename=f"levels-{run_id}.csv",
+        headers={"ETag": response.headers["etag"], "Cache-Control": response.headers["cache-control"]},
     )

@@ -181,6 +181,8 @@ class RunOut(BaseModel):
             for name in ("clusters", "report"):
                 links[name] = f"{base}/{name}"
             links["labels_json"], links["labels_csv"] = f"{base}/labels.json", f"{base}/labels.csv"
+            if (row.metrics or {}).get("tree"):
+                links["levels_csv"] = f"{base}/levels.csv"
         return cls(
             id=row.id,
             collection_id=row.collection_id,

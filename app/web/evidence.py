@@ -69,10 +69,15 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """The clusters read as fewer groups: those that merge, and how many stay as they are."""
+    """The collection read as another number of groups.
+
+    With fewer of them, clusters merge: `merged` has those that do, and `alone` counts those that do not. With more,
+    clusters split: `parts` has the sizes of the parts of those that do.
+    """
 
     groups: int
     merged: list[list[int]]
+    parts: dict[int, list[int]]
     alone: int
 
 
@@ -122,14 +127,32 @@ def _bars(sizes: Sequence[int], greatest: int) -> list[Bar]:
 
 
 def levels(metrics: Mapping[str, Any]) -> list[Level]:
-    """The levels of the merge tree, the finest first."""
-    found = (metrics.get("tree") or {}).get("levels", [])
-    read = [
-        Level(
-            groups=len(level["groups"]),
-            merged=[sorted(group) for group in level["groups"] if len(group) > 1],
-            alone=sum(len(group) == 1 for group in level["groups"]),
-        )
-        for level in found
-    ]
-    return sorted((level for level in read if level.merged), key=lambda level: -level.groups)
+    """The levels of the merge tree but for the clusters themselves, the finest first.
+
+    The tree is that of `models/hierarchy.py`: leaves are parts of clusters, and merge m makes node `leaves + m`.
+    """
+    tree = metrics.get("tree")
+    if not tree:
+        return []
+    cluster_of = tree["leaf_clusters"]
+    wanted = {level for level in tree["levels"] if level != tree["clusters"]}
+    nodes = {leaf: {cluster} for leaf, cluster in enumerate(cluster_of)}
+    found = [_split(tree)] if len(cluster_of) in wanted else []
+    for number, (a, b, *_) in enumerate(tree["merges"], start=len(cluster_of)):
+        nodes[number] = nodes.pop(a) | nodes.pop(b)
+        if len(nodes) in wanted and len(nodes) < tree["clusters"]:
+            found.append(_merged(list(nodes.values())))
+    return found
+
+
+def _split(tree: Mapping[str, Any]) -> Level:
+    parts: dict[int, list[int]] = {}
+    for cluster, size in zip(tree["leaf_clusters"], tree["leaf_sizes"], strict=True):
+        parts.setdefault(cluster, []).append(size)
+    several = {cluster: sizes for cluster, sizes in parts.items() if len(sizes) > 1}
+    return Level(groups=len(tree["leaf_clusters"]), merged=[], parts=several, alone=len(parts) - len(several))
+
+
+def _merged(groups: list[set[int]]) -> Level:
+    merged = sorted(sorted(group) for group in groups if len(group) > 1)
+    return Level(groups=len(groups), merged=merged, parts={}, alone=len(groups) - len(merged))

@@ -135,7 +135,7 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
         found = results.clusters(session, run_id, CLUSTERS_A_PAGE, pager.cursor(CLUSTERS_A_PAGE))
         metrics = view.row.metrics or {}
         levels = evidence.levels(metrics)
-        merged = {number for level in levels for group in level.merged for number in group}
+        named = {number for level in levels for group in (*level.merged, level.parts) for number in group}
         return render.page(
             "result.html",
             **context,
@@ -147,8 +147,8 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
             sweep=evidence.sweep(metrics),
             comparison=evidence.comparison(metrics),
             levels=levels,
-            names=results.names(session, run_id, merged),
-            faces=results.faces(session, run_id, merged),
+            names=results.names(session, run_id, named),
+            faces=results.faces(session, run_id, named),
         )
 
 

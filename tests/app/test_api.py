@@ -85,6 +85,7 @@ def test_a_foreign_cursor_is_refused(api: TestClient, cursor: str):
         ("GET", f"/v1/runs/{MISSING}/clusters", "run-not-found"),
         ("GET", f"/v1/runs/{MISSING}/labels.csv", "run-not-found"),
         ("GET", f"/v1/runs/{MISSING}/labels.json", "run-not-found"),
+        ("GET", f"/v1/runs/{MISSING}/levels.csv", "run-not-found"),
         ("GET", f"/v1/runs/{MISSING}/report", "run-not-found"),
     ],
 )
@@ -261,6 +262,7 @@ def test_every_route_of_the_contract_is_documented(api: TestClient):
         "/v1/runs/{run_id}/clusters/{cluster}/images",
         "/v1/runs/{run_id}/labels.json",
         "/v1/runs/{run_id}/labels.csv",
+        "/v1/runs/{run_id}/levels.csv",
         "/v1/runs/{run_id}/report",
     ):
         assert path in paths

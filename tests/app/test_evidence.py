@@ -1,13 +1,17 @@
 """The evidence on a result page: the choice of K, the baseline, the restarts, the merge tree."""
 
 import re
+from collections import Counter
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from app import storage
 from app.db.session import open_session
 from app.services import results
 from app.web import evidence, wording
+from models import hierarchy
 from tests.app.test_web import HOSTILE, METRICS, PAGE, finished_run
 
 AUTO = {
@@ -16,7 +20,14 @@ AUTO = {
     "rejected": [{"clusters": 3, "reason": HOSTILE}, {"clusters": 4, "score": 0.125}],
 }
 BASELINE = {"method": "kmeans", "agreement": 0.71, "sizes": [3, 2]}
-TREE = {"levels": [{"groups": [[0], [1]]}, {"groups": [[1, 0]]}]}
+# Cluster 0 in two leaves; the clusters are one at last.
+TREE = {
+    "clusters": 2,
+    "levels": [1, 2, 3],
+    "leaf_clusters": [0, 0, 1],
+    "leaf_sizes": [3, 1, 1],
+    "merges": [[0, 1, 0.1, 4], [2, 3, 0.5, 5]],
+}
 WHOLE = METRICS | {
     "auto": AUTO,
     "baseline": BASELINE | METRICS["baseline"],
@@ -64,12 +75,15 @@ def test_how_far_restarts_agree_is_said_in_words(api: TestClient):
         assert "independent starts" not in api.get(f"/runs/{run.id}", headers=PAGE).text
 
 
-def test_the_levels_of_the_tree_name_what_merges(api: TestClient):
+def test_the_levels_of_the_tree_name_what_merges_and_what_splits(api: TestClient):
     page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
     levels = page.partition('id="levels-title"')[2].partition("</section>")[0]
-    assert re.findall(r"<h3>([^<]*)</h3>", levels) == ["1 group"]
-    assert re.findall(r'href="/runs/[^"]*/clusters/(\d)"', levels) == ["0", "1"]
     assert "<script" not in levels
+    finer, coarser = levels.split("<h3>")[1:]
+    assert words_of(finer.partition("<ul>")[2]) == "Group 1 in 2: 3 + 1 1 cluster as before"
+    assert words_of(finer).startswith("3 groups")
+    assert words_of(coarser).startswith("1 group")
+    assert re.findall(r'href="/runs/[^"]*/clusters/(\d)"', coarser) == ["0", "1"]
 
 
 @pytest.mark.parametrize("missing", ["auto", "baseline", "restarts", "tree", "warnings", "quality", "sizes"])
@@ -91,6 +105,21 @@ def test_the_report_gives_all_of_it_and_is_cached(api: TestClient):
     assert (again.status_code, again.content) == (304, b"")
 
 
+def test_the_table_of_levels_is_a_file_of_the_run(api: TestClient):
+    run = finished_run(metrics=WHOLE)
+    path = api.get(f"/v1/runs/{run.id}").json()["links"]["levels_csv"]
+    missing = api.get(path)
+    assert (missing.status_code, missing.json()["type"]) == (404, "/problems/levels-not-found")
+    with storage.atomic_write(storage.levels(run.id)) as file:
+        file.write(b"image_id,filename,groups_1\n")
+    answer = api.get(path)
+    assert answer.content == b"image_id,filename,groups_1\n"
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    assert answer.headers["content-disposition"] == f'attachment; filename="levels-{run.id}.csv"'
+    assert api.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+    assert "levels_csv" not in api.get(f"/v1/runs/{finished_run(metrics=METRICS).id}").json()["links"]
+
+
 def test_a_sweep_spans_the_drawing_from_its_least_to_its_greatest_score():
     found = evidence.sweep({"auto": AUTO})
     assert found is not None
@@ -110,12 +139,27 @@ def test_bars_of_both_groupings_share_one_scale():
     assert heights == pytest.approx([1, 0.25, 0.75, 0.5])
 
 
-def test_levels_come_finest_first_without_those_that_merge_nothing():
-    tree = {"levels": [{"groups": [[0, 1, 2, 3]]}, {"groups": [[3, 1], [0, 2]]}, {"groups": [[0], [1], [2], [3]]}]}
-    assert [(level.groups, level.merged, level.alone) for level in evidence.levels({"tree": tree})] == [
-        (2, [[1, 3], [0, 2]], 0),
-        (1, [[0, 1, 2, 3]], 0),
-    ]
+def test_levels_are_those_of_the_tree_itself():
+    """Beside the labels that the algorithm's own tree gives each image."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(6, 8))
+    labels = np.repeat(np.arange(6), 60)
+    x = centres[labels] + 0.3 * rng.normal(size=(360, 8))
+    tree = hierarchy.tree(x / np.linalg.norm(x, axis=1, keepdims=True), labels, seed=0)
+    found = {level.groups: level for level in evidence.levels({"tree": tree.to_dict()})}
+    assert [*found] == sorted(set(tree.levels) - {6}, reverse=True)
+    for groups, level in found.items():
+        pairs = {(int(group), int(cluster)) for group, cluster in zip(tree.at(groups), labels, strict=True)}
+        if groups < 6:
+            by_group: dict[int, list[int]] = {}
+            for group, cluster in sorted(pairs):
+                by_group.setdefault(group, []).append(cluster)
+            assert level.merged == sorted(clusters for clusters in by_group.values() if len(clusters) > 1)
+            assert level.alone == sum(len(clusters) == 1 for clusters in by_group.values())
+        else:
+            sizes = {k: sorted(Counter(tree.at(groups)[labels == k].tolist()).values()) for k in range(6)}
+            assert {k: sorted(v) for k, v in level.parts.items()} == {k: v for k, v in sizes.items() if len(v) > 1}
+            assert level.alone == sum(len(v) == 1 for v in sizes.values())
 
 
 def test_faces_are_the_most_typical_images(database: None):
