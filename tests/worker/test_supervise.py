@@ -189,38 +189,6 @@ def test_a_run_that_another_worker_took_over_is_left_alone():
     assert (run.state, run.attempt) == ("running", 2)
 
 
-def test_images_that_all_look_the_same_fail_in_words_or_finish_with_a_warning():
-    """Every picture is another file with the same pixels: nothing to tell apart."""
-    with open_session() as session:
-        collection = collections.create(session, "the same")
-        upload = Upload(
-            id=uuid.uuid4(), collection_id=collection.id, bytes=0, state="succeeded", finished_at=func.now()
-        )
-        session.add(upload)
-        session.flush()
-        for number in range(6):
-            content = picture(0) + bytes([number])
-            sha256 = hashlib.sha256(content).hexdigest()
-            with storage.atomic_write(storage.original(collection.id, sha256)) as file:
-                file.write(content)
-            session.add(
-                Image(
-                    id=uuid.uuid4(), collection_id=collection.id, upload_id=upload.id, sha256=sha256,
-                    filename=f"{number}.png", format="PNG", width=40, height=30, bytes=len(content),
-                )
-            )  # fmt: skip
-        session.commit()
-    run_id = new_run(collection.id)
-    supervise(run_id, threading.Event())
-    run = read(run_id)
-    if run.state == "failed":
-        assert run.problem is not None
-        assert run.problem["code"] == "invalid-collection"
-    else:
-        assert run.metrics is not None
-        assert run.metrics["warnings"]
-
-
 def test_a_lease_that_ran_out_is_found_by_the_sweeper():
     run_id = new_run(collection_of(4), method="kmeans")
     with open_session() as session:
