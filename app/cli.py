@@ -261,12 +261,18 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     if counts["duplicate"] or counts["rejected"]:
         console.print(f"ledger: {client.server}{upload['links']['files_csv']}")
     metrics = run["metrics"] or {}
-    quality, baseline = metrics.get("quality"), (metrics.get("baseline") or {})
+    quality, baseline, restarts = metrics.get("quality"), metrics.get("baseline") or {}, metrics.get("restarts") or {}
+    if run["parameters"]["clusters"] == "auto":
+        console.print(f"clusters found: {run['clusters']}; why: {client.server}{run['links']['report']}")
     if quality:
         console.print(_quality(run["parameters"]["method"], quality))
     if baseline.get("quality"):
         console.print(_quality("k-means, same features", baseline["quality"]))
-    for warning in metrics.get("warnings", []):
+    elif baseline.get("agreement") is not None:
+        console.print(f"k-means, same features: agrees with it to ARI {baseline['agreement']:.3f}")
+    if restarts.get("agreement") is not None:
+        console.print(f"restarts: {restarts['count']}, agree with each other to ARI {restarts['agreement']:.3f}")
+    for warning in metrics.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {escape(warning['message'])}")
     console.print(f"labels: {escape(str(output.resolve()))}", soft_wrap=True)
 

@@ -177,6 +177,39 @@ def test_a_dropped_folder_keeps_its_names(page: Page, service: str):
     expect(page.locator(".ledger")).to_contain_text("pets/a.png")
 
 
+def test_the_number_of_clusters_and_the_network_are_left_to_kindred_or_not(page: Page):
+    page.goto("/")
+    page.locator("#files").set_input_files(archive(two_kinds(4)))
+    number = page.get_by_role("spinbutton", name="Clusters")
+    auto = page.get_by_role("switch", name="Find the number of clusters")
+    auto.check()
+    expect(number).to_be_disabled()
+    auto.uncheck()
+    expect(number).to_be_enabled()
+    auto.check()
+    page.get_by_text("More settings").click()
+    page.get_by_label("Image size").fill("64")
+    page.get_by_label("Training").select_option("full")
+    page.get_by_role("button", name="Upload and group").click()
+    page.wait_for_url(re.compile(r"/runs/"))
+    run = page.request.get(page.url.replace("/runs/", "/v1/runs/")).json()
+    asked = {name: run["parameters"][name] for name in ("clusters", "method", "train", "backbone", "weights")}
+    assert asked == {
+        "clusters": "auto", "method": "scl", "train": "full", "backbone": "efficientnet_lite0", "weights": None,
+    }  # fmt: skip
+    page.request.post(run["links"]["cancel"])
+
+
+def test_a_combination_that_cannot_be_is_refused_in_words(page: Page):
+    page.expected_complaints = 1
+    page.goto("/")
+    page.locator("#files").set_input_files(archive(two_kinds(4)))
+    page.get_by_text("More settings").click()
+    page.get_by_label("Weights").select_option("random")
+    page.get_by_role("button", name="Upload and group").click()
+    expect(page.get_by_role("alert").first).to_contain_text("a head needs a pretrained backbone")
+
+
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_no_page_is_wider_than_the_window(page: Page, width: int):
     page.set_viewport_size({"width": width, "height": 800})
