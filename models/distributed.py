@@ -55,7 +55,7 @@ def replicated(network: nn.Module, *, device: str) -> nn.Module:
         return network
     network = synchronised(network, cuda=device.startswith("cuda"))
     # The running statistics are equal by construction.
-    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def gather(h_VBF: Tensor) -> Tensor:
@@ -145,15 +145,16 @@ class HostSyncBatchNorm(nn.Module):
         self.drop, self.act = getattr(layer, "drop", None), getattr(layer, "act", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         others = [axis for axis in range(x.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
         if self.training or self.running_mean is None or self.running_var is None:
-            count = total(wide.new_tensor(float(x.numel() // x.shape[1])))
-            mean_C = total(wide.sum(dim=others)) / count
+            # Sums in double precision, as torch's own layer keeps them on a CPU.
+            count = total(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64))
+            mean_C = (total(wide.sum(dim=others, dtype=torch.float64)) / count).to(wide.dtype)
             centred = wide - mean_C.view(shape)
-            variance_C = total(centred.square().sum(dim=others)) / count
-            self.track(mean_C.detach(), variance_C.detach() * count / (count - 1).clamp_min(1))
+            variance_C = (total(centred.square().sum(dim=others, dtype=torch.float64)) / count).to(wide.dtype)
+            self.track(mean_C.detach(), variance_C.detach() * float(count / (count - 1).clamp_min(1)))
         else:
             centred, variance_C = wide - self.running_mean.view(shape), self.running_var
         y = centred * torch.rsqrt(variance_C + self.eps).view(shape)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -65,7 +66,8 @@ def train(pixels_NSSC: np.ndarray, *, restarts: int, seed: int, **settings: Any)
     training = Training(pixels_NSSC, seed=seed, **settings)
     yield from training.run()
     features_NF = training.features()
-    fit = training.objective.answer(features_NF, seed=seed, restarts=restarts)
+    with training.own_random():
+        fit = training.objective.answer(features_NF, seed=seed, restarts=restarts)
     yield Step(done=training.total, total=training.total)
     return fit
 
@@ -117,13 +119,15 @@ class Training:
         images, size = pixels_NSSC.shape[:2]
         if images < 2 * distributed.world_size():
             raise InputError(f"{images} images are too few to train on in {distributed.world_size()} processes")
-        # All draws of the weights and the objectives are from torch's own generators, the views' from this one.
-        torch.manual_seed(seed_of(seed, 0))
+        # The views' draws; all others are from torch's global generators, in `own_random`.
         self.generator = torch.Generator().manual_seed(seed_of(seed, 1))
-        network = networks.network(backbone, weights=weights, image_size=size)
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's
-        made = objective(feature_size=network.feature_size, images=images, clusters=clusters, epochs=epochs)
-        self.objective: Objective = made.to(device)
+        self.random: dict[str, Tensor] = {}
+        with self.own_random():
+            torch.manual_seed(seed_of(seed, 0))
+            network = networks.network(backbone, weights=weights, image_size=size)
+            self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's
+            made = objective(feature_size=network.feature_size, images=images, clusters=clusters, epochs=epochs)
+            self.objective: Objective = made.to(device)
         self.replica = distributed.replicated(self.network, device=device)
         self.augmentations = [views.augmentation(name, image_size=size) for name in made.view_strengths]
         self.precision = precision(self.config.precision, device)
@@ -177,7 +181,9 @@ class Training:
                 self.begin_epoch(epoch)
             sums: dict[str, float] = {}
             for number, (rows_G, pixels_BSSC) in enumerate(self.batches(epoch, first), start=1):
-                for name, value in self.step(rows_G, pixels_BSSC).items():
+                with self.own_random():
+                    details = self.step(rows_G, pixels_BSSC)
+                for name, value in details.items():
                     sums[name] = sums.get(name, 0.0) + value
                 self.done += 1
                 now_s = time.monotonic()
@@ -195,7 +201,22 @@ class Training:
     def begin_epoch(self, epoch: int) -> None:
         distributed.broadcast(self.objective)
         self.objective.train()
-        self.objective.begin_epoch(epoch)
+        with self.own_random():
+            self.objective.begin_epoch(epoch)
+
+    @contextmanager
+    def own_random(self) -> Iterator[None]:
+        """Inside, torch's global generators are this training's; outside they are as if nothing was drawn here."""
+        cuda = self.device.startswith("cuda")
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            if self.random:
+                torch.set_rng_state(self.random["cpu"])
+            if "cuda" in self.random:
+                torch.cuda.set_rng_state(self.random["cuda"], self.device)
+            yield
+            self.random["cpu"] = torch.get_rng_state()
+            if cuda:
+                self.random["cuda"] = torch.cuda.get_rng_state(self.device)
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of every step from `first` on: rows of the global batch, pixels of this process's share."""
@@ -252,7 +273,8 @@ class Training:
         self.replica.train()
         with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16, enabled=self.precision != torch.float32):
             h_XF: Tensor = self.replica(x_XCSS)
-        return h_XF.float().view(len(self.augmentations), -1, h_XF.shape[1])
+        h_XF = h_XF.to(torch.promote_types(h_XF.dtype, torch.float32))
+        return h_XF.view(len(self.augmentations), -1, h_XF.shape[1])
 
     @torch.no_grad()
     def features(self) -> np.ndarray:
@@ -278,9 +300,7 @@ class Training:
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items() if value is not None}
         tensors["random.views"] = self.generator.get_state()
-        tensors["random.torch"] = torch.get_rng_state()
-        if self.device.startswith("cuda"):
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= {f"random.{name}": value for name, value in self.random.items()}
         checkpoint.save(
             self.checkpoint_dir, Checkpoint(run=self.identity, position={"done": self.done}, tensors=tensors)
         )
@@ -303,9 +323,7 @@ class Training:
         }
         self.optimizer.load_state_dict(state)
         self.generator.set_state(found.tensors["random.views"])
-        torch.set_rng_state(found.tensors["random.torch"])
-        if "random.cuda" in found.tensors:
-            torch.cuda.set_rng_state(found.tensors["random.cuda"], self.device)
+        self.random = {name: found.tensors[f"random.{name}"] for name in self.random}
 
 
 def schedule(through: float, *, warmup: float, total: int) -> float:

@@ -58,7 +58,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         maps_BFHW: Tensor = self.layers.extract_features(x_BCHW)
-        return maps_BFHW.float().mean(dim=(2, 3))  # also under autocast: the mean keeps its digits
+        return pooled(maps_BFHW)
 
 
 class SlimResNet(nn.Module):
@@ -85,7 +85,12 @@ class SlimResNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         maps_BFHW: Tensor = self.layers(x_BCHW)
-        return maps_BFHW.float().mean(dim=(2, 3))  # also under autocast: the mean keeps its digits
+        return pooled(maps_BFHW)
+
+
+def pooled(maps_BFHW: Tensor) -> Tensor:
+    """The mean over all places, with float32's digits also where the maps have fewer."""
+    return maps_BFHW.mean(dim=(2, 3), dtype=torch.promote_types(maps_BFHW.dtype, torch.float32))
 
 
 def network(name: str, *, weights: str | None, image_size: int) -> Network:

@@ -28,7 +28,7 @@ class Objective(nn.Module, ABC):
 
     Everything here sees the whole batch, also where several processes share it: each of them then computes the
     same loss and keeps the same memory. Random numbers come from torch's global generator, which the engine
-    seeds alike in all processes, keeps in the checkpoint and uses for nothing else.
+    seeds alike in all processes and keeps in the checkpoint.
     """
 
     # One entry a view, so that V is its length.

@@ -1,0 +1,150 @@
+"""One small `full` training in a process of its own, for the tests that kill it or start several of it.
+
+python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double]
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from models import distributed, full, networks
+from models.baselines.simclr import Simclr, nt_xent
+from models.full import FullConfig
+from models.objective import Objective
+
+
+class Remembering(Objective):
+    """All that an objective may do: a memory, its use between epochs, random numbers, batch normalisation."""
+
+    view_strengths = ("strong", "weak")
+
+    def __init__(self, *, feature_size, images, clusters, epochs):
+        super().__init__(feature_size=feature_size, images=images, clusters=clusters, epochs=epochs)
+        self.projection = nn.Sequential(nn.Linear(feature_size, 16), nn.BatchNorm1d(16))
+        self.centres = nn.Linear(16, clusters, bias=False)
+        self.register_buffer("memory_ND", normalize(torch.randn(images, 16), dim=1))
+        self.register_buffer("level_K", torch.zeros(clusters))
+        self.weight = 0.0
+
+    def begin_epoch(self, epoch):
+        self.weight = epoch / self.epochs
+        with torch.no_grad():
+            self.level_K.copy_(self.centres(self.memory_ND).mean(dim=0))
+
+    def loss(self, h_VBF, rows_B):
+        x_BD, view_BD = (normalize(self.projection(h_BF), dim=1) for h_BF in h_VBF)
+        noise_BD = torch.randn(x_BD.shape).to(x_BD)
+        self.latest = (rows_B, x_BD.detach())
+        pull = -(x_BD * self.memory_ND[rows_B]).sum(dim=1).mean()
+        spread = (self.centres(x_BD + 0.1 * noise_BD) - self.level_K).square().mean()
+        contrast = nt_xent(x_BD, view_BD, temperature=0.5)
+        return contrast + pull + self.weight * spread, {"contrast": contrast.item()}
+
+    @torch.no_grad()
+    def end_step(self):
+        rows_B, x_BD = self.latest
+        self.memory_ND[rows_B] = normalize((self.memory_ND[rows_B] + x_BD) / 2, dim=1)
+
+    def answer(self, features_NF, *, seed, restarts):
+        grouping = Simclr(
+            feature_size=self.feature_size, images=self.images, clusters=self.clusters, epochs=self.epochs
+        )
+        return grouping.answer(features_NF, seed=seed, restarts=restarts)
+
+
+def pictures(images=48, size=32):
+    """Noise on three kinds of coarse patterns."""
+    rng = np.random.default_rng(0)
+    kind_N = np.arange(images) % 3
+    coarse = rng.integers(0, 200, (3, 4, 4, 3)).repeat(size // 4, axis=1).repeat(size // 4, axis=2)
+    return (coarse[kind_N] + rng.integers(0, 56, (images, size, size, 3))).astype(np.uint8), kind_N
+
+
+SETTINGS = {
+    "objective": Remembering,
+    "backbone": "resnet10_slim",
+    "weights": "random",
+    "clusters": 3,
+    "epochs": 3,
+    "seed": 5,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--double", action="store_true", help="in float64, where sums in another order hardly differ")
+    options = parser.parse_args()
+    stopped = False
+
+    def stop():
+        if options.slow:
+            time.sleep(0.2)
+        return stopped
+
+    def told(_number, _frame):
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, told)
+    torch.set_num_threads(1)
+    config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
+    settings = dict(SETTINGS)
+    if options.double:
+        network = networks.network
+        networks.network = lambda *args, **kwargs: network(*args, **kwargs).double()
+        settings["objective"] = lambda **kwargs: Remembering(**kwargs).double()
+    with distributed.process_group("cpu") as device:
+        training = full.Training(
+            pictures()[0],
+            **settings,
+            config=config,
+            device=device,
+            checkpoint_dir=options.checkpoint,
+            checkpoint_every_s=0.0,
+            stop=stop,
+        )
+        views = training.views
+        if options.double:
+            training.views = lambda pixels_BSSC: views(pixels_BSSC).double()
+        losses = []
+        plain = training.step
+
+        def step(rows_G, pixels_BSSC):
+            details = plain(rows_G, pixels_BSSC)
+            losses.append(details["loss"])
+            return details
+
+        training.step = step
+        try:
+            for _ in training.run():
+                pass
+        except full.Stopped:
+            sys.exit(75)
+        if options.double:
+            training.network.float()
+        features_NF = training.features()
+        if distributed.rank() == 0:
+            fit = training.objective.answer(features_NF, seed=5, restarts=2)
+            state = {**training.network.state_dict(), **training.objective.state_dict()}
+            np.savez(
+                options.out / "end.npz",
+                labels=fit.assignment.labels_N,
+                features=features_NF,
+                **{name: value.numpy() for name, value in state.items()},
+            )
+        (options.out / f"losses-{distributed.rank()}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()
