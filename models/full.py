@@ -50,6 +50,9 @@ class FullConfig:
         for name in ("learning_rate", "pretrained_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name, choices in (("optimizer", ("adamw", "sgd")), ("precision", ("auto", "bfloat16", "float32"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")
         if self.batch is not None and self.batch < 2:
             raise ValueError(f"batch is {self.batch}; it must be at least 2")
         if not self.weight_decay >= 0:
