@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, normalize, softmax
 
 from models import space
+from models.baselines.pairs import batches, partners
 from models.baselines.vote import confirm
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
@@ -49,7 +50,7 @@ class TemiConfig:
     least_steps: int = 15  # in an epoch, however few images there are
     learning_rate: float = 5e-3
     warmup: float = 0.1  # share of the training in which the rate rises
-    teacher_momentum: float = 0.98
+    teacher_momentum: float = 0.96  # public: 0.996, the same share of its longer training
 
     def __post_init__(self) -> None:
         for name in (
@@ -173,26 +174,22 @@ class School:
 
     def epoch(self, epoch: int, epochs: int) -> Tensor:
         """One pass over the collection, more over a small one; the mean loss of every head, shape (H,)."""
-        n, batch = len(self.z_ND), min(self.config.batch, len(self.z_ND))
-        steps = max(n // batch, self.config.least_steps)
-        passes = [torch.randperm(n, generator=self.generator) for _ in range(math.ceil(steps * batch / n))]
-        order = torch.cat(passes)
+        config = self.config
+        rows = list(batches(len(self.z_ND), config.batch, least=config.least_steps, generator=self.generator))
         total_H = torch.zeros(len(self.mean_H1K))
-        for number in range(steps):
-            rate = self.config.learning_rate * schedule((epoch + number / steps) / epochs, self.config.warmup)
+        for number, rows_B in enumerate(rows):
+            rate = config.learning_rate * schedule((epoch + number / len(rows)) / epochs, config.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             if epoch == 0:
                 self.optimizer.param_groups[-1]["lr"] = 0.0
-            total_H += self.step(order[number * batch : (number + 1) * batch])
-        return total_H / steps
+            total_H += self.step(rows_B.to(self.z_ND.device))
+        return total_H / len(rows)
 
     def step(self, rows_B: Tensor) -> Tensor:
         """One optimisation step on these images, each paired with a random neighbour; the loss of every head."""
-        config, pick = self.config, self.neighbours_NM.shape[1]
-        drawn_B1 = torch.randint(pick, (len(rows_B), 1), generator=self.generator).to(self.z_ND.device)
-        rows_B = rows_B.to(self.z_ND.device)
-        pairs_B = self.neighbours_NM[rows_B].gather(1, drawn_B1)[:, 0]
+        config = self.config
+        pairs_B = partners(self.neighbours_NM, rows_B, generator=self.generator)
         z_PD = self.z_ND[torch.cat([rows_B, pairs_B])]  # P = 2 B: the images, then their neighbours
         with torch.no_grad():
             taught_HPK = softmax(self.teacher.logits(z_PD) / config.temperature, dim=2)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
+from sklearn.preprocessing import StandardScaler
 
-from models.baselines import temi
+from models.baselines import pairs, scan, temi
+from models.baselines.scan import ScanConfig
 from models.baselines.temi import TemiConfig
 from tests.models.conftest import finish
 
@@ -19,7 +21,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-HEADS = {"temi": (temi.train, {"epochs": 12, "restarts": 4})}
+HEADS = {"temi": (temi.train, {"epochs": 8, "restarts": 3}), "scan": (scan.train, {"epochs": 8, "restarts": 3})}
 
 
 def train(method, features_NF, **settings):
@@ -36,7 +38,7 @@ def test_far_groups_are_found(blobs, method):
     assert [step.done for step in steps] == list(range(1, steps[-1].total + 1))
     assert all(math.isfinite(value) for step in steps for value in step.details.values())
     assert len(fit.model["centres"]) == 6
-    assert len(fit.scores) == 4
+    assert len(fit.scores) == 3
 
 
 @pytest.mark.parametrize("method", HEADS)
@@ -123,6 +125,62 @@ def test_the_rate_rises_and_falls():
     assert temi.schedule(1, 0.2) == pytest.approx(0)
 
 
+def test_scans_loss_is_that_of_its_formula():
+    said, pair = probabilities(2, 4, 3), probabilities(2, 4, 3, seed=1)
+    for h in range(2):
+        agree = np.mean([math.log(sum(said[h, i, k] * pair[h, i, k] for k in range(3))) for i in range(4)])
+        mean = said[h].numpy().mean(axis=0)
+        by_hand = -agree + 5 * sum(mean * np.log(mean))
+        assert scan.scan_loss(said, pair, entropy_weight=5.0)[h].item() == pytest.approx(by_hand)
+
+
+def test_certain_balanced_neighbours_cost_minus_the_weighted_entropy():
+    certain = torch.eye(4).repeat(2, 1)[None]
+    assert scan.scan_loss(certain, certain, entropy_weight=5.0).item() == pytest.approx(-5 * math.log(4), rel=1e-6)
+
+
+def test_self_labels_count_by_cluster():
+    # Three images of cluster 0 and one of cluster 2; each cluster's mean counts half.
+    logits_BK = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cost = -torch.log_softmax(logits_BK, dim=1)
+    by_hand = (cost[:3, 0].mean() + cost[3, 2]) / 2
+    ours = scan.self_label_loss(logits_BK.float(), torch.tensor([0, 0, 0, 2]))
+    assert ours.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_standardised_features_are_those_of_scikit_learn():
+    features_NF = np.random.default_rng(0).normal(3, 2, size=(50, 4)).astype(np.float16)
+    features_NF[:, 2] = 1.5  # one that never varies
+    expected = StandardScaler().fit_transform(features_NF.astype(np.float64))
+    np.testing.assert_allclose(scan.Standardised(features_NF, device="cpu")[:].numpy(), expected, atol=1e-5)
+
+
+def test_a_collection_without_confident_images_keeps_the_clustering(blobs):
+    features_NF, _ = blobs
+    options = {"clusters": 6, "epochs": 2, "restarts": 1, "seed": 0}
+    doubtful = ScanConfig(threshold=1 - 1e-9, learning_rate=1e-6)
+    steps, fit = finish(scan.train(features_NF, **options, config=doubtful))
+    assert steps[-1].details == {"loss": 0, "confident": 0}
+    assert fit.scores[0] == -steps[1].details["best"]
+
+
+@pytest.mark.parametrize(("images", "size", "least", "count"), [(10, 3, 1, 3), (10, 3, 7, 7), (2, 128, 5, 5)])
+def test_an_epoch_passes_as_often_as_it_must(images, size, least, count):
+    drawn = list(pairs.batches(images, size, least=least, generator=torch.Generator().manual_seed(0)))
+    assert [len(rows) for rows in drawn] == [min(images, size)] * count
+    rows = torch.cat(drawn)
+    for start in range(0, len(rows) - images + 1, images):
+        assert sorted(rows[start : start + images].tolist()) == list(range(images))
+
+
+def test_partners_are_neighbours():
+    neighbours_NM = torch.arange(20).view(5, 4)
+    rows_B = torch.tensor([3, 0, 3] * 50)
+    drawn = pairs.partners(neighbours_NM, rows_B, generator=torch.Generator().manual_seed(0))
+    assert set(drawn[1::3].tolist()) == {0, 1, 2, 3}
+    assert set(drawn[::3].tolist()) == {12, 13, 14, 15}
+
+
 def test_nonsense_settings_are_refused():
     with pytest.raises(ValueError, match=r"beta is 0\.5"):
         TemiConfig(beta=0.5)
@@ -130,3 +188,9 @@ def test_nonsense_settings_are_refused():
         TemiConfig(temperature=0)
     with pytest.raises(ValueError, match="teacher_momentum is 1"):
         TemiConfig(teacher_momentum=1)
+    with pytest.raises(ValueError, match="threshold is 1"):
+        ScanConfig(threshold=1)
+    with pytest.raises(ValueError, match="entropy_weight is -1"):
+        ScanConfig(entropy_weight=-1)
+    with pytest.raises(ValueError, match="batch is 0"):
+        ScanConfig(batch=0)
