@@ -8,6 +8,7 @@ import io
 import json
 import os
 import queue as queues
+import re
 import signal
 import subprocess
 import threading
@@ -39,7 +40,9 @@ _TICK_S = 0.5
 _PROGRESS_EVERY_S = 1.0
 # How long a trainer that is asked to leave may take: it ends its step and writes a checkpoint.
 _TERMINATE_S = 15.0
-_LOG_TAIL = 4000
+_LOG_TAIL = 8000
+# torchrun ends with status 1 whatever became of its processes, and reports each.
+_KILLED_IN_TORCHRUN = re.compile(r"^ *exitcode +: -\d+ ", re.MULTILINE)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +56,7 @@ class _Attempt:
     parameters: dict[str, Any]
     news: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
+    log_from: int = 0  # where this attempt's part of the trainer's log begins
     stopped: bool = False  # by a signal that was not ours, with a checkpoint written
 
 
@@ -136,6 +140,7 @@ def _checkpoint(attempt: _Attempt) -> Path:
 def _watch(attempt: _Attempt, stop: threading.Event) -> int:
     """Run the trainer to its end; its exit status. Whatever else ends the attempt is an exception."""
     with (attempt.folder / "trainer.log").open("ab") as errors:
+        attempt.log_from = errors.tell()
         trainer = subprocess.Popen(
             trainer_command(attempt.folder, attempt.parameters),
             stdin=subprocess.DEVNULL,
@@ -243,15 +248,24 @@ def _stop_group(trainer: subprocess.Popen[bytes]) -> None:
         os.killpg(trainer.pid, signal.SIGKILL)  # children that outlived it
 
 
+def _said(attempt: _Attempt) -> str:
+    """The end of what the trainer logged in this attempt."""
+    with (attempt.folder / "trainer.log").open("rb") as log_file:
+        end = log_file.seek(0, os.SEEK_END)
+        log_file.seek(max(attempt.log_from, end - _LOG_TAIL))
+        return log_file.read().decode(errors="replace")
+
+
 def _conclude(attempt: _Attempt, status: int) -> None:
+    said = _said(attempt)
     if status == 0:
         _store(attempt)
     elif attempt.error is not None:
         _end(attempt, attempt.error)
     elif attempt.stopped:
         _release(attempt)
-    elif status < 0:
-        log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, signal=-status)
+    elif status < 0 or _KILLED_IN_TORCHRUN.search(said):
+        log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, status=status)
         with open_session() as session:
             jobs.expire(session, Run, attempt.run_id, attempt.number)
             session.commit()
@@ -259,7 +273,6 @@ def _conclude(attempt: _Attempt, status: int) -> None:
             session.commit()
         queue.ring_run(attempt.run_id)
     else:
-        said = (attempt.folder / "trainer.log").read_text(errors="replace")[-_LOG_TAIL:]
         log.error("trainer_failed", run=str(attempt.run_id), attempt=attempt.number, status=status, said=said)
         _end(
             attempt,

@@ -27,6 +27,7 @@ import numpy as np
 from app.storage import atomic_write
 from models import checkpoint
 from models.checkpoint import OtherRun
+from models.features import cores
 from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
 
@@ -72,7 +73,7 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     images = specification["images"]
     sources = [Source(key=image["key"], path=Path(image["path"])) for image in images]
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1")))
+    threads = max(1, cores() // int(os.environ.get("WORLD_SIZE", "1")))
     stop = threading.Event()
     resumable: dict[str, Any] = {}
     if config.train == "full":
