@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 Rule = Literal["consensus", "similarity", "boundary"]
@@ -38,8 +39,9 @@ class Assignment:
 def assign(p_BK: Tensor, q_BK: Tensor, *, rule: Rule = "consensus") -> Assignment:
     """The cluster that both predictions together make most likely.
 
-    By consensus the probability of cluster k is `p(k) q(k) / sum_j p(j) q(j)`: that of two independent witnesses
-    who name the same cluster.
+    By consensus the probability of cluster k is the normalised geometric mean of both, in proportion to
+    `sqrt(p(k) q(k))`. The product itself would be right for two independent witnesses; these two look at the same
+    features, and on CIFAR-10 it was far too sure (`docs/method.md` has the calibration).
 
     Args:
         p_BK: by visual similarity.
@@ -47,7 +49,7 @@ def assign(p_BK: Tensor, q_BK: Tensor, *, rule: Rule = "consensus") -> Assignmen
         rule: which prediction decides; the other two are there for the ablation.
 
     """
-    joint_BK = {"consensus": p_BK * q_BK, "similarity": p_BK, "boundary": q_BK}[rule]
+    joint_BK = {"consensus": (p_BK * q_BK).sqrt(), "similarity": p_BK, "boundary": q_BK}[rule]
     # Two witnesses who exclude each other's clusters leave nothing: then the boundaries decide.
     joint_BK = torch.where(joint_BK.sum(dim=1, keepdim=True) > 1e-12, joint_BK, q_BK)
     joint_BK = joint_BK / joint_BK.sum(dim=1, keepdim=True)
@@ -69,6 +71,14 @@ def concatenate(parts: Sequence[Assignment]) -> Assignment:
         margin_N=np.concatenate([part.margin_N for part in parts]),
         consensus_N=np.concatenate([part.consensus_N for part in parts]),
     )
+
+
+def matching(reference_N: np.ndarray, labels_N: np.ndarray, clusters: int) -> np.ndarray:
+    """For each cluster of the reference the one of `labels_N` that is its partner in the best one-to-one match."""
+    together_KK = np.zeros((clusters, clusters), np.int64)
+    np.add.at(together_KK, (reference_N, labels_N), 1)
+    partner_K: np.ndarray = linear_sum_assignment(together_KK, maximize=True)[1]
+    return partner_K
 
 
 def by_size(labels_N: np.ndarray, clusters: int) -> np.ndarray:

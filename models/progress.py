@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -26,6 +26,16 @@ class Progress:
     total: int
     fraction: float  # of the whole job, 0 to 1, by expected cost
     details: dict[str, float]
+
+
+def finish(steps: Generator[Any, None, Result]) -> Result:
+    """Drive a generator to its end; returns what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 class Clock:

@@ -1,43 +1,41 @@
-"""Semantic Contrastive Learning on frozen features: the method, top to bottom.
+"""Semantic Contrastive Learning: the method, top to bottom.
 
-After Huang and Gong, "Deep Clustering by Semantic Contrastive Learning", BMVC 2022. Its abstract gives the idea:
-a cluster-aware contrastive objective, and clusters inferred on the fly where instance similarity and decision
+After Huang and Gong, "Deep Clustering by Semantic Contrastive Learning", BMVC 2022. Its abstract gives the idea: a
+cluster-aware contrastive objective, and clusters inferred on the fly where instance similarity and decision
 boundaries agree. The formulas are our reconstruction; `docs/method.md` says which is which.
 
-Letters in shapes: N images, B batch, K clusters, D dimensions, M neighbours.
+The terms come first, then `Scl`, which trains them with the backbone; `models.heads` trains them on frozen features.
+
+Letters in shapes: N images, V views, B batch, X = VB, C candidates, F features of the backbone, D dimensions,
+K clusters, M neighbours; `...` stands for leading dimensions or for none.
 """
 
-import math
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, normalize, softmax
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, normalize, softmax
 
-from models import space
-from models.assign import Assignment, Rule, assign, concatenate
-from models.fit import Fit, agreement, seed_of
-from models.progress import Step
+from models import space, starts
+from models.assign import Rule
+from models.fit import Fit
+from models.objective import Objective
+from models.progress import finish
 
 
 @dataclass(frozen=True, kw_only=True)
 class SclConfig:
-    """Settings of the method; the defaults were chosen on CIFAR-10 only. Each term has a switch."""
+    """Settings of the terms; each has a switch."""
 
     consistency: bool = True  # teach the boundaries what both predictions agree on; else only what they say
     contrast: Literal["semantic", "instance", "none"] = "semantic"
-    balance: float = 0.8  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
+    balance: float = 0.5  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
     trust: bool = True  # weigh an image by how far its two predictions agree
     rule: Rule = "consensus"
 
-    dimensions: int = 96
     neighbours: int = 15
-    batch: int = 256
-    epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
-    learning_rate: float = 1e-2
     boundary_temperature: float = 0.3
     similarity_temperature: float = 0.1
     contrast_temperature: float = 0.2
@@ -45,169 +43,37 @@ class SclConfig:
     momentum: float = 0.5  # of the memory
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "neighbours", "batch", "epoch_images", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("boundary_temperature", "similarity_temperature", "contrast_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_positive(self, "neighbours", "boundary_temperature", "similarity_temperature", "contrast_temperature")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
 
 
-def train(
-    features_NF: np.ndarray,
-    *,
-    clusters: int,
-    epochs: int,
-    restarts: int,
-    seed: int,
-    device: str = "cpu",
-    config: SclConfig | None = None,
-) -> Generator[Step, None, Fit]:
-    """Train `restarts` heads from different starts and keep the one that agrees with itself best."""
-    config = config or SclConfig()
-    axes = space.fit(features_NF, dimensions=config.dimensions)
-    z_ND = axes.project(features_NF)
-    wanted = space.neighbour_count(len(z_ND), clusters, wanted=config.neighbours)
-    neighbours_NM = torch.from_numpy(space.nearest(z_ND.numpy(), wanted)).to(device)
-    z_ND = z_ND.to(device)
-
-    ends: list[tuple[float, Head, Assignment]] = []
-    for restart in range(restarts):
-        head = Head(z_ND, neighbours_NM, clusters=clusters, seed=seed_of(seed, restart), config=config)
-        for epoch in range(epochs):
-            details = head.epoch(epoch / epochs, (epoch + 1) / epochs)
-            done = restart * epochs + epoch + 1
-            yield Step(done=done, total=restarts * epochs, details={"restart": restart + 1.0, **details})
-        assignment, score = head.answer()
-        ends.append((score, head, assignment))
-
-    scores = [score for score, _, _ in ends]
-    _, head, assignment = ends[int(np.argmax(scores))]
-    return Fit(
-        assignment=assignment,
-        x_ND=head.embed(z_ND).cpu().numpy(),
-        model={
-            "mean": axes.mean_F.numpy(),
-            "axes": axes.axes_FD.numpy(),
-            "projection": head.projection_DD.detach().cpu().numpy(),
-            "centres": normalize(head.centres_KD.detach(), dim=1).cpu().numpy(),
-        },
-        scores=scores,
-        restarts_agreement=agreement([assignment.labels_N for _, _, assignment in ends]),
-    )
+def check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
 
 
-class Head:
-    """Projection, decision boundaries and the memory of one restart."""
-
-    def __init__(self, z_ND: Tensor, neighbours_NM: Tensor, *, clusters: int, seed: int, config: SclConfig) -> None:
-        self.z_ND, self.neighbours_NM, self.config = z_ND, neighbours_NM, config
-        self.generator = torch.Generator().manual_seed(seed)
-        # The projection starts as the identity: what the backbone knows is kept, not learnt again.
-        self.projection_DD = torch.eye(z_ND.shape[1], device=z_ND.device).requires_grad_()
-        self.centres_KD = first_centres(z_ND, clusters, seed=seed).requires_grad_()
-        self.memory_ND = z_ND.clone()
-        sample_BD = z_ND[:: max(1, len(z_ND) // space.BLOCK)]
-        self.mean_K = softmax(self.logits(sample_BD).detach(), dim=1).mean(dim=0)
-        self.optimizer = torch.optim.Adam([self.projection_DD, self.centres_KD], lr=config.learning_rate)
-
-    def embed(self, z_BD: Tensor) -> Tensor:
-        return normalize(z_BD @ self.projection_DD.detach(), dim=1)
-
-    def logits(self, x_BD: Tensor) -> Tensor:
-        return x_BD @ normalize(self.centres_KD, dim=1).T / self.config.boundary_temperature
-
-    def epoch(self, begin: float, end: float) -> dict[str, float]:
-        """One pass over a sample of the collection; `begin` and `end` are shares of the whole training."""
-        n, clusters, config = len(self.z_ND), len(self.centres_KD), self.config
-        drawn = min(n, max(config.epoch_images, 64 * clusters))
-        order = torch.randperm(n, generator=self.generator)[:drawn]
-        batches = order.tensor_split(max(1, round(drawn / config.batch)))
-        sums: dict[str, float] = {}
-        for number, rows_B in enumerate(batches):
-            through = begin + (end - begin) * number / len(batches)
-            self.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
-            for name, value in self.step(rows_B).items():
-                sums[name] = sums.get(name, 0.0) + value / len(batches)
-        if drawn < n:  # images that were not drawn must not keep the memory of an older head
-            for start in range(0, n, space.BLOCK):
-                rows = slice(start, start + space.BLOCK)
-                self.memory_ND[rows] = self.embed(self.z_ND[rows])
-        return sums
-
-    def step(self, rows_B: Tensor) -> dict[str, float]:
-        """One optimisation step on these images, each with a random neighbour as its other view."""
-        config, pick = self.config, self.neighbours_NM.shape[1]
-        drawn_B = torch.randint(pick, (len(rows_B),), generator=self.generator).to(self.z_ND.device)
-        rows_B = rows_B.to(self.z_ND.device)
-        around_BM = self.neighbours_NM[rows_B]
-        views_B = around_BM.gather(1, drawn_B[:, None])[:, 0]
-        x_BD = normalize(self.z_ND[rows_B] @ self.projection_DD, dim=1)
-        view_BD = normalize(self.z_ND[views_B] @ self.projection_DD, dim=1)
-        logits_BK, view_logits_BK = self.logits(x_BD), self.logits(view_BD)
-
-        with torch.no_grad():
-            q_BK = softmax(logits_BK, dim=1)
-            p_BK = self.similarity_prediction(x_BD, around_BM) if config.consistency else q_BK
-            agreed_B = (p_BK * q_BK).sum(dim=1)
-            target_BK = consensus_target(p_BK, q_BK, self.mean_K, power=config.balance)
-            trust_B = agreed_B if config.trust else torch.ones_like(agreed_B)
-
-        loss = (consistency(target_BK, logits_BK, trust_B) + consistency(target_BK, view_logits_BK, trust_B)) / 2
-        contrasted = torch.zeros(())
-        if config.contrast != "none":
-            label_B = target_BK.argmax(dim=1) if config.contrast == "semantic" else None
-            contrasted = contrast(x_BD, view_BD, label_B, temperature=config.contrast_temperature)
-            loss = loss + config.contrast_weight * contrasted
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.optimizer.step()
-
-        with torch.no_grad():
-            mixed_BD = config.momentum * self.memory_ND[rows_B] + (1 - config.momentum) * x_BD
-            self.memory_ND[rows_B] = normalize(mixed_BD, dim=1)
-            self.mean_K = 0.9 * self.mean_K + 0.1 * q_BK.mean(dim=0)
-        return {
-            "loss": loss.item(),
-            "contrast": contrasted.item(),
-            "agreement": agreed_B.mean().item(),
-        }
-
-    def similarity_prediction(self, x_BD: Tensor, around_BM: Tensor) -> Tensor:
-        """What the nearest images in the memory say, weighted by their similarity; shape (B, K)."""
-        memory_BMD = self.memory_ND[around_BM]
-        weight_BM = softmax(torch.einsum("bd,bmd->bm", x_BD, memory_BMD) / self.config.similarity_temperature, dim=1)
-        votes_BMK = softmax(self.logits(memory_BMD), dim=2)
-        return torch.einsum("bm,bmk->bk", weight_BM, votes_BMK)
-
-    @torch.no_grad()
-    def answer(self) -> tuple[Assignment, float]:
-        """The assignment of every image, and how well the two predictions agree: the restart's score."""
-        self.memory_ND = self.embed(self.z_ND)
-        parts, log_agreed, mean_K = [], 0.0, torch.zeros_like(self.mean_K)
-        for start in range(0, len(self.z_ND), 2048):
-            rows_B = slice(start, start + 2048)
-            q_BK = softmax(self.logits(self.memory_ND[rows_B]), dim=1)
-            p_BK = self.similarity_prediction(self.memory_ND[rows_B], self.neighbours_NM[rows_B])
-            parts.append(assign(p_BK, q_BK, rule=self.config.rule))
-            log_agreed += (p_BK * q_BK).sum(dim=1).clamp_min(1e-9).log().sum().item()
-            mean_K += q_BK.sum(dim=0)
-        return concatenate(parts), log_agreed / len(self.z_ND) + entropy(mean_K / len(self.z_ND))
+def boundary_logits(x_BD: Tensor, centres_KD: Tensor, *, temperature: float) -> Tensor:
+    """Boundary prediction q before its softmax, shape (..., B, K): cosines to the centres that draw the boundaries."""
+    return x_BD @ normalize(centres_KD, dim=-1).transpose(-2, -1) / temperature
 
 
-def first_centres(z_ND: Tensor, clusters: int, *, seed: int) -> Tensor:
-    """The centres of k-means from one start, on a sample where the collection is large."""
-    step = max(1, len(z_ND) // max(16_384, 32 * clusters))
-    found = space.k_means(z_ND[::step].cpu().numpy(), clusters, rounds=100, seed=seed)
-    return torch.from_numpy(found.cluster_centers_.astype(np.float32)).to(z_ND.device)
+def similarity_weights(x_BD: Tensor, memory_BMD: Tensor, *, temperature: float) -> Tensor:
+    """How much each neighbour in the memory counts, shape (..., B, M)."""
+    cosine_BM = (memory_BMD @ x_BD.unsqueeze(-1)).squeeze(-1)
+    return softmax(cosine_BM / temperature, dim=-1)
+
+
+def similarity_prediction(weights_BM: Tensor, memory_BMK: Tensor) -> Tensor:
+    """Prediction p by visual similarity, shape (..., B, K): what the neighbours in the memory say, weighted."""
+    return (weights_BM.unsqueeze(-2) @ memory_BMK).squeeze(-2)
 
 
 def consensus_target(p_BK: Tensor, q_BK: Tensor, mean_K: Tensor, *, power: float) -> Tensor:
     """Normalised product of both predictions; crowded clusters count less, so that none swallows the others."""
-    joint_BK = p_BK * q_BK / mean_K.clamp_min(1e-6).pow(power)
-    return joint_BK / joint_BK.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    joint_BK = p_BK * q_BK / mean_K.clamp_min(1e-6).pow(power).unsqueeze(-2)
+    return joint_BK / joint_BK.sum(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def consistency(target_BK: Tensor, logits_BK: Tensor, trust_B: Tensor) -> Tensor:
@@ -215,23 +81,162 @@ def consistency(target_BK: Tensor, logits_BK: Tensor, trust_B: Tensor) -> Tensor
 
     With `power` 0 and equal trust its gradient is that of `-log sum_k p(k) q(k)` with p held fixed.
     """
-    cost_B = -(target_BK * log_softmax(logits_BK, dim=1)).sum(dim=1)
-    return (trust_B * cost_B).sum() / trust_B.sum().clamp_min(1e-8)
+    cost_B = -(target_BK * log_softmax(logits_BK, dim=-1)).sum(dim=-1)
+    return (trust_B * cost_B).sum(dim=-1) / trust_B.sum(dim=-1).clamp_min(1e-8)
 
 
-def contrast(x_BD: Tensor, view_BD: Tensor, label_B: Tensor | None, *, temperature: float) -> Tensor:
-    """InfoNCE between images and their views; only images of other clusters are pushed away.
+def contrast(
+    anchor_BD: Tensor, candidate_CD: Tensor, own_B: Tensor, kin_BC: Tensor | None, *, temperature: float
+) -> Tensor:
+    """InfoNCE: each anchor has to find its own candidate among those that are not its kin; shape (...).
 
-    Without labels every other image is pushed away: instance discrimination.
+    Args:
+        anchor_BD: unit vectors.
+        candidate_CD: unit vectors.
+        own_B: which candidate is the anchor's other view.
+        kin_BC: candidates of the anchor's cluster, which are not pushed away; None: every other image is, which is
+            instance discrimination.
+        temperature: of the softmax over the candidates.
+
     """
-    similarity_BB = x_BD @ view_BD.T / temperature
-    own_B = torch.arange(len(x_BD), device=x_BD.device)
-    if label_B is not None:
-        kin_BB = label_B[:, None] == label_B[None, :]
-        kin_BB[own_B, own_B] = False
-        similarity_BB = similarity_BB.masked_fill(kin_BB, -torch.inf)
-    return cross_entropy(similarity_BB, own_B)
+    similarity_BC = anchor_BD @ candidate_CD.transpose(-2, -1) / temperature
+    if kin_BC is not None:
+        own_BC = torch.zeros_like(kin_BC).scatter_(-1, own_B.expand(kin_BC.shape[:-1]).unsqueeze(-1), value=True)
+        similarity_BC = similarity_BC.masked_fill(kin_BC & ~own_BC, -torch.inf)
+    own_similarity_B = similarity_BC.gather(-1, own_B.expand(similarity_BC.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    return (similarity_BC.logsumexp(dim=-1) - own_similarity_B).mean(dim=-1)
 
 
-def entropy(mean_K: Tensor) -> float:
-    return -(mean_K * mean_K.clamp_min(1e-9).log()).sum().item()
+def score(p_NK: Tensor, q_NK: Tensor) -> Tensor:
+    """Known without labels: mean log agreement of the two predictions, plus entropy of the mean assignment."""
+    mean_K = q_NK.mean(dim=-2)
+    entropy = -(mean_K * mean_K.clamp_min(1e-9).log()).sum(dim=-1)
+    return (p_NK * q_NK).sum(dim=-1).clamp_min(1e-9).log().mean(dim=-1) + entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(SclConfig):
+    """Settings of the training with the backbone; the defaults were chosen on CIFAR-10 only."""
+
+    balance: float = 0.8
+    boundary_temperature: float = 0.2
+    contrast_temperature: float = 0.5
+    contrast_weight: float = 1.0
+    dimensions: int = 128  # of the projection
+    start: float = 0.5  # share of the epochs after which clusters exist; before, instances are told apart
+    layer: Literal["features", "projection"] = "projection"  # what the answer is made on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "dimensions")
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"start is {self.start}; it must be from 0 to 1")
+
+
+class Scl(Objective):
+    """Projection, decision boundaries and a memory of every image, trained with the backbone on two strong views."""
+
+    memory_ND: Tensor
+    neighbours_NM: Tensor
+    mean_K: Tensor
+
+    def __init__(
+        self, *, feature_size: int, images: int, clusters: int, epochs: int, config: FullConfig | None = None
+    ) -> None:
+        super().__init__(feature_size=feature_size, images=images, clusters=clusters, epochs=epochs)
+        self.config = config or FullConfig()
+        size = self.config.dimensions
+        self.projection = nn.Sequential(
+            nn.Linear(feature_size, feature_size), nn.ReLU(inplace=True), nn.Linear(feature_size, size, bias=False)
+        )
+        self.centres_KD = nn.Parameter(normalize(torch.randn(clusters, size), dim=1))
+        self.register_buffer("memory_ND", normalize(torch.randn(images, size), dim=1))
+        voters = max(1, space.neighbour_count(images, clusters, wanted=self.config.neighbours))
+        self.register_buffer("neighbours_NM", torch.zeros(images, voters, dtype=torch.int64))
+        self.register_buffer("mean_K", torch.full((clusters,), 1 / clusters))
+        self.semantic = False  # whether clusters exist yet
+
+    @torch.no_grad()
+    def begin_epoch(self, epoch: int) -> None:
+        """Once clusters exist, look up every image's neighbours in the memory; the first time, start the clusters."""
+        first = round(self.config.start * self.epochs)
+        self.semantic = epoch >= first
+        if not self.semantic:
+            return
+        memory_ND = self.memory_ND.cpu().numpy()
+        if epoch == first:
+            found_KD = starts.best_centres(memory_ND, self.clusters, seed=0)
+            self.centres_KD.copy_(normalize(torch.from_numpy(found_KD), dim=1))
+            self.mean_K.copy_(softmax(self.logits(self.memory_ND), dim=1).mean(dim=0))
+        voters = self.neighbours_NM.shape[1] if self.images > 1 else 0
+        self.neighbours_NM.copy_(torch.from_numpy(space.nearest(memory_ND, min(voters, self.images - 1))))
+
+    def logits(self, x_BD: Tensor) -> Tensor:
+        return boundary_logits(x_BD, self.centres_KD, temperature=self.config.boundary_temperature)
+
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Tell instances apart at first; then semantic contrast plus the consistency of both predictions."""
+        config = self.config
+        x_VBD = normalize(self.projection(h_VBF), dim=2)
+        self.seen = (rows_B, x_VBD.detach().mean(dim=0), None)
+        if not self.semantic:
+            contrasted = self.contrast(x_VBD, None)
+            return contrasted, {"contrast": contrasted.item()}
+        logits_VBK = self.logits(x_VBD)
+        with torch.no_grad():
+            q_BK = softmax(logits_VBK, dim=2).mean(dim=0)
+            p_BK = self.similarity_prediction(rows_B) if config.consistency else q_BK
+            agreed_B = (p_BK * q_BK).sum(dim=1)
+            target_BK = consensus_target(p_BK, q_BK, self.mean_K, power=config.balance)
+            trust_B = agreed_B if config.trust else torch.ones_like(agreed_B)
+            self.seen = (*self.seen[:2], q_BK.mean(dim=0))
+        taught = consistency(target_BK, logits_VBK, trust_B).mean()
+        contrasted = torch.zeros_like(taught)
+        if config.contrast != "none":
+            label_B = target_BK.argmax(dim=1) if config.contrast == "semantic" else None
+            contrasted = self.contrast(x_VBD, label_B)
+        details = {"contrast": contrasted.item(), "consistency": taught.item(), "agreement": agreed_B.mean().item()}
+        return taught + config.contrast_weight * contrasted, details
+
+    def contrast(self, x_VBD: Tensor, label_B: Tensor | None) -> Tensor:
+        """Each of the views has to find the other view of its image among the views of all images."""
+        views, b = x_VBD.shape[:2]
+        x_XD = x_VBD.flatten(0, 1)
+        other_X = torch.arange(views * b, device=x_XD.device).roll(b)
+        kin_XX = torch.eye(views * b, dtype=torch.bool, device=x_XD.device)
+        if label_B is not None:
+            label_X = label_B.repeat(views)
+            kin_XX = kin_XX | (label_X[:, None] == label_X[None, :])
+        return contrast(x_XD, x_XD, other_X, kin_XX, temperature=self.config.contrast_temperature)
+
+    def similarity_prediction(self, rows_B: Tensor) -> Tensor:
+        """What an image's neighbours in the memory say of it, shape (B, K)."""
+        memory_BMD = self.memory_ND[self.neighbours_NM[rows_B]]
+        weights_BM = similarity_weights(
+            self.memory_ND[rows_B], memory_BMD, temperature=self.config.similarity_temperature
+        )
+        return similarity_prediction(weights_BM, softmax(self.logits(memory_BMD), dim=2))
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        rows_B, x_BD, mean_K = self.seen
+        momentum = self.config.momentum
+        self.memory_ND[rows_B] = normalize(momentum * self.memory_ND[rows_B] + (1 - momentum) * x_BD, dim=1)
+        if mean_K is not None:
+            self.mean_K.mul_(0.9).add_(mean_K, alpha=0.1)
+
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
+        """The consensus of heads on the trained features: their boundaries are drawn anew, from several starts."""
+        from models import heads  # noqa: PLC0415  # heads are made of the terms above
+
+        x_ND = self.layers(features_NF)[self.config.layer]
+        return finish(heads.train(x_ND, clusters=self.clusters, epochs=heads.EPOCHS, restarts=restarts, seed=seed))
+
+    @torch.no_grad()
+    def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:
+        device = self.centres_KD.device
+        blocks = [
+            self.projection(torch.from_numpy(features_NF[start : start + space.BLOCK]).to(device)).cpu().numpy()
+            for start in range(0, len(features_NF), space.BLOCK)
+        ]
+        return {"features": space.unit(features_NF), "projection": space.unit(np.concatenate(blocks))}

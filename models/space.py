@@ -38,8 +38,11 @@ class Space:
         return normalize(torch.cat(blocks), dim=1)
 
 
-def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
-    """The mean and the `dimensions` main directions of the unit features, fewer where the collection has fewer."""
+def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> Space:
+    """The mean and the `dimensions` main directions of the unit features, fewer where the collection has fewer.
+
+    Each direction is divided by this power of its standard deviation: 0 keeps them, 1 is whitening.
+    """
     n, size = features_NF.shape
     total_F = torch.zeros(size, dtype=torch.float64)
     moment_FF = torch.zeros(size, size)
@@ -53,7 +56,8 @@ def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
     variance_D, axes_FD = eigh(moment_FF.double().numpy() / n, subset_by_index=[size - most, size - 1])
     kept = max(1, int((variance_D > variance_D[-1] * 1e-6).sum()))
     main_FD = torch.from_numpy(axes_FD[:, most - kept :].copy()).float().flip(1)  # largest variance first
-    return Space(mean_F=mean_F, axes_FD=main_FD.contiguous())
+    scale_D = torch.from_numpy(variance_D[most - kept :].clip(min=1e-12).copy()).float().flip(0).pow(-whitening / 2)
+    return Space(mean_F=mean_F, axes_FD=(main_FD * scale_D).contiguous())
 
 
 def unit_blocks(features_NF: np.ndarray) -> Iterator[Tensor]:
@@ -78,19 +82,11 @@ def nearest(x_ND: np.ndarray, count: int) -> np.ndarray:
     With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, by an
     inverted file above; never quadratic in memory.
     """
-    n, dimensions = x_ND.shape
+    n = len(x_ND)
     own_N = np.arange(n)
     if count == 0:
         return own_N[:, None]
-    index: Any = faiss.IndexFlatIP(dimensions)
-    if n > EXACT_LIMIT:
-        cells = int(4 * n**0.5)
-        index = faiss.IndexIVFFlat(index, dimensions, cells, faiss.METRIC_INNER_PRODUCT)
-        index.cp.seed = 1
-        index.train(x_ND[:: max(1, n // (64 * cells))])
-        index.nprobe = max(8, cells // 64)
-    index.add(x_ND)
-    _, found_NM = index.search(x_ND, count + 1)
+    found_NM = search(x_ND, x_ND, count + 1)
     # Copies of an image may come before it: drop the image itself wherever it stands, else the last.
     found_NM = np.where(found_NM < 0, own_N[:, None], found_NM)
     itself_NM = found_NM == own_N[:, None]
@@ -99,6 +95,21 @@ def nearest(x_ND: np.ndarray, count: int) -> np.ndarray:
     keep_NM = np.arange(count + 1)[None, :] != drop_N[:, None]
     neighbours_NM: np.ndarray = found_NM[keep_NM].reshape(n, count)
     return neighbours_NM
+
+
+def search(among_SD: np.ndarray, x_ND: np.ndarray, count: int) -> np.ndarray:
+    """For each row of `x_ND` the `count` most similar rows of `among_SD`, int64 (N, count), -1 where none was found."""
+    n, dimensions = among_SD.shape
+    index: Any = faiss.IndexFlatIP(dimensions)
+    if n > EXACT_LIMIT:
+        cells = int(4 * n**0.5)
+        index = faiss.IndexIVFFlat(index, dimensions, cells, faiss.METRIC_INNER_PRODUCT)
+        index.cp.seed = 1
+        index.train(among_SD[:: max(1, n // (64 * cells))])
+        index.nprobe = max(8, cells // 64)
+    index.add(among_SD)
+    found_NM: np.ndarray = index.search(x_ND, count)[1]
+    return found_NM
 
 
 def k_means(x_ND: np.ndarray, clusters: int, *, rounds: int, seed: int) -> KMeans | MiniBatchKMeans:

@@ -7,49 +7,49 @@ Letters in shapes: N images, K clusters, D dimensions.
 
 import json
 import sys
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import faiss
 import numpy as np
 import safetensors.numpy
 import torch
-from sklearn.metrics import adjusted_rand_score
 
-from models import metrics, representatives, scl
-from models.assign import by_size
-from models.baselines import kmeans
+from models import auto, distributed, full, heads, pixels, scl
+from models.baselines import cc, kmeans, pica, scan, simclr, temi
 from models.config import Config, InputError
 from models.features import Source, UnreadableImageError, cores, extract
 from models.files import write_atomically
 from models.fit import Fit
 from models.images import PREPROCESSING
 from models.networks import digest
+from models.objective import ObjectiveFactory
 from models.progress import Clock, Progress, Step
+from models.report import Grouping, describe
 
 __all__ = ["Config", "Grouping", "InputError", "Progress", "Source", "group", "save_model"]
 
-METHODS = {"scl": scl.train, "kmeans": kmeans.train}
+Train = Callable[..., Generator[Step, None, Fit]]
+
+HEADS: Mapping[str, Train] = {
+    "scl": heads.train,
+    "kmeans": kmeans.train,
+    "kmeans_pixels": kmeans.train,
+    "temi": temi.train,
+    "scan": scan.train,
+}
+OBJECTIVES: Mapping[str, ObjectiveFactory] = {
+    "scl": scl.Scl,
+    "simclr": simclr.Simclr,
+    "cc": cc.Cc,
+    "pica": pica.Pica,
+}
 BASELINE = "kmeans"
 MANY_CLUSTERS = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grouping:
-    """The answer. Clusters are ordered by size, the largest is 0."""
-
-    labels_N: np.ndarray  # int64
-    confidence_N: np.ndarray  # float32
-    runner_up_N: np.ndarray  # int64
-    margin_N: np.ndarray  # float32
-    consensus_N: np.ndarray  # bool
-    typicality_N: np.ndarray  # float32: cosine similarity to the own cluster's centre
-    representatives: list[list[int]]  # of every cluster, most typical first
-    cohesion_K: np.ndarray  # mean typicality
-    metrics: dict[str, Any]
-    model: dict[str, Any]
+# Side of the pictures that k-means on pixels compares.
+RAW_PIXELS = 32
 
 
 def group(
@@ -60,19 +60,26 @@ def group(
     truth: Sequence[str] | None = None,
     threads: int | None = None,
     device: str | None = None,
+    checkpoint: Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Generator[Progress, None, Grouping]:
     """Extract features, train, choose representatives; yields its progress and returns the grouping.
+
+    Under torchrun every process calls this alike; the answer of the first one counts.
 
     Args:
         config: what to do.
         sources: the pictures.
-        cache_dir: where features are kept between runs; None keeps none.
+        cache_dir: where features and decoded pictures are kept between runs; None keeps none.
         truth: a class name for every picture, used only to report quality at the end.
         threads: for the network and the training; by default one for every core. Sets those of torch and FAISS.
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is one.
+        checkpoint: folder for the state of a full training, to go on from after a kill.
+        stop: asked often during a full training; once true, the state is saved.
 
     Raises:
         InputError: the collection cannot be grouped so.
+        full.Stopped: `stop` said so.
 
     """
     config = config.resolved()
@@ -82,57 +89,147 @@ def group(
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     clock = Clock(expected_cost_s(config, len(sources)))
-    extraction = extract(
-        sources,
-        backbone=config.backbone,
-        weights=config.weights,
-        image_size=config.image_size,
-        cache_dir=cache_dir,
-        threads=threads,
-        device=device,
-    )
-    try:
-        features_NF = yield from clock.follow("features", extraction)
-    except UnreadableImageError as error:
-        raise InputError(str(error)) from error
-    check_distinct(config, features_NF)
-    # Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
-    torch.set_num_threads(threads if config.clusters > MANY_CLUSTERS else 1)
-    fit = yield from clock.follow("training", fit_method(config, features_NF, device))
+    with distributed.process_group(device) as own_device:
+        job = _Job(config, sources, cache_dir=cache_dir, threads=threads, device=own_device, clock=clock)
+        try:
+            if config.train == "full":
+                fit, features_NF = yield from job.train_in_full(checkpoint, stop)
+            else:
+                fit, features_NF = yield from job.train_head()
+        except UnreadableImageError as error:
+            raise InputError(str(error)) from error
+    clusters = job.clusters
     baseline = None
     if config.method != BASELINE:
         # Starts differ less the more images there are, and the baseline must not cost more than the method.
         starts = None if len(sources) <= 5000 else 3
-        plain = replace(config, method=BASELINE, epochs=None, restarts=starts).resolved()
-        baseline = yield from clock.follow("baseline", fit_method(plain, features_NF, device))
-    grouping = yield from clock.follow("representatives", describe(config, fit, baseline, truth=truth))
+        plain = replace(config, train="head", weights=None, backbone="efficientnet_lite0")
+        plain = replace(plain, clusters=clusters, method=BASELINE, epochs=None, restarts=starts).resolved()
+        baseline = (BASELINE, (yield from clock.follow("baseline", fit_head(plain, features_NF, device="cpu"))))
+
+    def describing() -> Generator[Step, None, Grouping]:
+        yield Step(done=0, total=1)
+        described = describe(fit, clusters=clusters, seed=config.seed, baseline=baseline, truth=truth)
+        yield Step(done=1, total=1)
+        return described
+
+    grouping = yield from clock.follow("representatives", describing())
+    grouping.metrics["auto"] = job.estimate
     grouping.metrics["seconds"] = clock.seconds
     grouping.metrics["backbone_sha256"] = digest(config.backbone, config.weights)
     return grouping
 
 
+class _Job:
+    """The stages from the pictures to the answer of the method."""
+
+    def __init__(
+        self,
+        config: Config,
+        sources: Sequence[Source],
+        *,
+        cache_dir: Path | None,
+        threads: int,
+        device: str,
+        clock: Clock,
+    ) -> None:
+        self.config, self.sources, self.cache_dir = config, sources, cache_dir
+        self.threads, self.device, self.clock = threads, device, clock
+        self.estimate: dict[str, Any] | None = None  # of the number of clusters
+        self.clusters = cast("int", config.clusters)
+
+    def train_head(self) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+        """Group by a head on frozen features; the answer, and the features."""
+        features_NF = yield from self.features()
+        config = yield from self.settle(features_NF)
+        rows_NF = features_NF
+        if config.method == "kmeans_pixels":
+            pixels_NSSC = yield from self.clock.follow("pixels", self.pixels(RAW_PIXELS))
+            rows_NF = pixels_NSSC.reshape(len(pixels_NSSC), -1).astype(np.float16)
+        # Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
+        torch.set_num_threads(self.threads if self.clusters > MANY_CLUSTERS else 1)
+        fit = yield from self.clock.follow("training", fit_head(config, rows_NF, device=self.device))
+        return fit, features_NF
+
+    def train_in_full(
+        self, checkpoint: Path | None, stop: Callable[[], bool] | None
+    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+        """Group by a backbone that trains too; the answer, and the features of the trained backbone."""
+        if self.config.clusters == "auto":
+            yield from self.settle((yield from self.features()))
+        pixels_NSSC = yield from self.clock.follow("pixels", self.pixels(self.config.image_size))
+        check_distinct(self.clusters, pixels_NSSC.reshape(len(pixels_NSSC), -1), "pixel by pixel")
+        training = full.Training(
+            pixels_NSSC,
+            objective=OBJECTIVES[self.config.method],
+            backbone=self.config.backbone,
+            weights=self.config.weights,
+            clusters=self.clusters,
+            epochs=cast("int", self.config.epochs),
+            seed=self.config.seed,
+            device=self.device,
+            checkpoint_dir=checkpoint,
+            stop=stop,
+        )
+        yield from self.clock.follow("training", training.run())
+        features_NF = training.features()
+        restarts = cast("int", self.config.restarts)
+        return training.objective.answer(features_NF, seed=self.config.seed, restarts=restarts), features_NF
+
+    def features(self) -> Generator[Progress, None, np.ndarray]:
+        extraction = extract(
+            self.sources,
+            backbone=self.config.backbone,
+            weights=self.config.weights,
+            image_size=self.config.image_size,
+            cache_dir=self.cache_dir,
+            threads=self.threads,
+            device=self.device,
+        )
+        return (yield from self.clock.follow("features", extraction))
+
+    def pixels(self, image_size: int) -> Generator[Step, None, np.ndarray]:
+        return pixels.gather(self.sources, image_size=image_size, cache_dir=self.cache_dir, threads=self.threads)
+
+    def settle(self, features_NF: np.ndarray) -> Generator[Progress, None, Config]:
+        """Estimate the number of clusters where it was left open; the configuration with a number."""
+        if not np.isfinite(features_NF).all():
+            row = int(np.flatnonzero(~np.isfinite(features_NF).all(axis=1))[0])
+            raise InputError(f"the features of image {self.sources[row].path.name} are not numbers (NaN or infinite)")
+        if self.config.clusters == "auto":
+            found = yield from self.clock.follow("auto", auto.estimate(features_NF, seed=self.config.seed))
+            self.estimate, self.clusters = found.to_dict(), found.clusters
+        check_distinct(self.clusters, features_NF, "for the backbone")
+        return replace(self.config, clusters=self.clusters)
+
+
 def check_collection(config: Config, sources: Sequence[Source], truth: Sequence[str] | None) -> None:
-    if config.clusters > len(sources):
+    if len(sources) < 2:
+        raise InputError(f"{len(sources)} images cannot be grouped; at least 2 are needed")
+    if config.clusters == "auto" and not config.pretrained:
+        raise InputError(
+            "clusters is 'auto' and weights is 'random'; a number can only be found on pretrained features"
+        )
+    if config.clusters != "auto" and config.clusters > len(sources):
         raise InputError(f"{config.clusters} clusters asked of {len(sources)} images; ask for fewer clusters")
     if truth is not None and len(truth) != len(sources):
         raise InputError(f"{len(truth)} true labels came with {len(sources)} images; there must be one for each")
 
 
-def check_distinct(config: Config, features_NF: np.ndarray) -> None:
+def check_distinct(clusters: int, rows_NF: np.ndarray, how: str) -> None:
     seen: set[bytes] = set()
-    for row in features_NF:
+    for row in rows_NF:
         seen.add(row.tobytes())
-        if len(seen) >= config.clusters:
+        if len(seen) >= clusters:
             return
     raise InputError(
-        f"{config.clusters} clusters asked of {len(features_NF)} images, of which only {len(seen)} differ"
-        " for the backbone; ask for fewer clusters"
+        f"{clusters} clusters asked of {len(rows_NF)} images, of which only {len(seen)} differ"
+        f" {how}; ask for fewer clusters"
     )
 
 
-def fit_method(config: Config, features_NF: np.ndarray, device: str) -> Generator[Step, None, Fit]:
-    train: Callable[..., Generator[Step, None, Fit]] = METHODS[config.method]
-    return train(
+def fit_head(config: Config, features_NF: np.ndarray, *, device: str) -> Generator[Step, None, Fit]:
+    return HEADS[config.method](
         features_NF,
         clusters=config.clusters,
         epochs=config.epochs,
@@ -142,66 +239,25 @@ def fit_method(config: Config, features_NF: np.ndarray, device: str) -> Generato
     )
 
 
-def describe(
-    config: Config, fit: Fit, baseline: Fit | None, *, truth: Sequence[str] | None
-) -> Generator[Step, None, Grouping]:
-    """Clusters by size, typical images, and the evidence for how far to trust them."""
-    yield Step(done=0, total=1)
-    clusters = config.clusters
-    name_K = by_size(fit.assignment.labels_N, clusters)
-    assignment = fit.assignment.renamed(name_K)
-    labels_N = assignment.labels_N
-    model: dict[str, Any] = dict(fit.model)
-    model["centres"] = fit.model["centres"][np.argsort(name_K)]
-    centre_KD = representatives.centres(fit.x_ND, labels_N, clusters)
-    typicality_N = representatives.typicality(fit.x_ND, labels_N, centre_KD)
-    evidence = {**evidence_of(fit, clusters, truth), "baseline": None}
-    if baseline is not None:
-        evidence["baseline"] = {
-            "method": BASELINE,
-            "agreement": float(adjusted_rand_score(baseline.assignment.labels_N, labels_N)),
-            **evidence_of(baseline, clusters, truth),
-        }
-    grouping = Grouping(
-        labels_N=labels_N,
-        confidence_N=assignment.confidence_N,
-        runner_up_N=assignment.runner_up_N,
-        margin_N=assignment.margin_N,
-        consensus_N=assignment.consensus_N,
-        typicality_N=typicality_N,
-        representatives=representatives.choose(fit.x_ND, labels_N, typicality_N, clusters),
-        cohesion_K=representatives.cohesion(typicality_N, labels_N, clusters),
-        metrics=evidence,
-        model=model,
-    )
-    yield Step(done=1, total=1)
-    return grouping
-
-
-def evidence_of(fit: Fit, clusters: int, truth: Sequence[str] | None) -> dict[str, Any]:
-    labels_N = fit.assignment.labels_N
-    sizes = sorted(np.bincount(labels_N, minlength=clusters).tolist(), reverse=True)
-    return {
-        "sizes": sizes,
-        "balance": metrics.balance(sizes),
-        "consensus_rate": float(fit.assignment.consensus_N.mean()),
-        "restarts": {"count": len(fit.scores), "scores": fit.scores, "agreement": fit.restarts_agreement},
-        "warnings": metrics.warnings(sizes),
-        "quality": None if truth is None else metrics.quality(truth, labels_N),
-    }
-
-
 def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     """Rough seconds of every stage on two cores: they only shape the progress bar."""
     epochs, restarts = config.epochs or 1, config.restarts or 1
-    k_means_s = 10 * images * (0.0001 + 5e-6 * config.clusters)
-    steps = max(1, min(images, max(2048, 64 * config.clusters)) / 256)
-    training_s = epochs * restarts * steps * 0.004 if config.method == "scl" else k_means_s
+    clusters = 20 if config.clusters == "auto" else config.clusters
+    squares = images * (config.image_size / 224) ** 2
+    k_means_s = 10 * images * (0.0001 + 5e-6 * clusters)
+    steps = max(1, min(images, max(2048, 64 * clusters)) / 256)
+    training_s = epochs * restarts * steps * 0.003 if config.method in ("scl", "temi", "scan") else k_means_s
+    if config.train == "full":
+        training_s = epochs * squares * 0.05
+    pixels_s = squares * 0.002 if config.train == "full" or config.method == "kmeans_pixels" else 0.0
+    needs_features = config.train == "head" or config.clusters == "auto"
     return {
-        "features": 0.1 + images * 0.007 * (config.image_size / 224) ** 2,
+        "features": 0.1 + squares * 0.007 if needs_features else 0.0,
+        "auto": 5.0 if config.clusters == "auto" else 0.0,
+        "pixels": pixels_s,
         "training": 0.1 + training_s,
         "baseline": k_means_s if config.method != BASELINE else 0.0,
-        "representatives": 0.1 + images * 2e-5,
+        "representatives": 0.1 + images * 5e-5,
     }
 
 

@@ -1,0 +1,284 @@
+"""SCL on frozen features: projections, boundaries and memory of several restarts, trained side by side in seconds.
+
+The terms are those of `models.scl`. An image's other view is one of its neighbours in the space of the features.
+
+Letters in shapes: N images, S of them that the heads train on, B batch, K clusters, D dimensions, M neighbours,
+R restarts.
+"""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, normalize, softmax
+
+from models import space, starts
+from models.assign import Assignment, assign, concatenate, matching
+from models.fit import Fit, agreement, seed_of
+from models.progress import Step
+from models.scl import (
+    SclConfig,
+    boundary_logits,
+    check_positive,
+    consensus_target,
+    consistency,
+    contrast,
+    score,
+    similarity_prediction,
+    similarity_weights,
+)
+
+EPOCHS = 15
+# Predictions in the memory of the restarts that are trained at once: 256 MB.
+MEMORY_FLOATS = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(SclConfig):
+    """Settings on frozen features; the defaults were chosen on CIFAR-10 only."""
+
+    dimensions: int = 96
+    whitening: float = 0.25  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
+    batch: int = 256
+    epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
+    sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
+    learning_rate: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
+
+
+def train(
+    features_NF: np.ndarray,
+    *,
+    clusters: int,
+    epochs: int,
+    restarts: int,
+    seed: int,
+    device: str = "cpu",
+    config: HeadConfig | None = None,
+) -> Generator[Step, None, Fit]:
+    """Train `restarts` heads from different starts on frozen features; all of them together give the answer.
+
+    Nothing is quadratic in N: heads train on a sample where there are very many images, and an image outside of it is
+    assigned by the boundaries and by its neighbours inside.
+    """
+    config = config or HeadConfig()
+    axes = space.fit(features_NF, dimensions=config.dimensions, whitening=config.whitening)
+    z_ND = axes.project(features_NF)
+    sample_S = draw(len(z_ND), max(config.sample, 16 * clusters), seed=seed)
+    z_SD = z_ND[sample_S]
+    wanted = space.neighbour_count(len(z_SD), clusters, wanted=config.neighbours)
+    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), wanted)).to(device)
+    heads = []
+    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * clusters))
+    for first in range(0, restarts, at_once):
+        seeds = [seed_of(seed, restart) for restart in range(first, min(first + at_once, restarts))]
+        heads.append(Heads(z_SD.to(device), neighbours_SM, clusters=clusters, seeds=seeds, config=config))
+        for epoch in range(epochs):
+            details = heads[-1].epoch(epoch / epochs, (epoch + 1) / epochs)
+            done = first * epochs + (epoch + 1) * len(seeds)
+            yield Step(done=done, total=restarts * epochs, details=details)
+        heads[-1].end()
+
+    labels_RS = np.concatenate([group.labels_RS for group in heads])
+    scores = [value for group in heads for value in group.scores]
+    reference = central(labels_RS, scores)
+    projection_RDD = torch.cat([group.projection_RDD.detach() for group in heads])
+    centres_RKD = torch.cat([group.centres_RKD.detach() for group in heads])
+    # The restarts number their clusters each in its own way: take the reference's numbers.
+    centres_RKD = torch.stack(
+        [
+            normalize(centres_KD[matching(labels_RS[reference], labels_S, clusters)], dim=1)
+            for centres_KD, labels_S in zip(centres_RKD, labels_RS, strict=True)
+        ]
+    )
+    assignment = answer(z_ND.to(device), sample_S.to(device), neighbours_SM, projection_RDD, centres_RKD, config=config)
+    x_ND = normalize(z_ND.to(device) @ projection_RDD[reference], dim=1)
+    return Fit(
+        assignment=assignment,
+        x_ND=x_ND.cpu().numpy(),
+        model={
+            "mean": axes.mean_F.numpy(),
+            "axes": axes.axes_FD.numpy(),
+            "projection": projection_RDD.cpu().numpy(),
+            "centres": centres_RKD.cpu().numpy(),
+            "boundary_temperature": np.float32([config.boundary_temperature]),
+        },
+        scores=scores,
+        restarts_agreement=agreement(list(labels_RS)),
+    )
+
+
+class Heads:
+    """Projections, decision boundaries and memories of some restarts, which are trained side by side."""
+
+    def __init__(
+        self, z_SD: Tensor, neighbours_SM: Tensor, *, clusters: int, seeds: list[int], config: HeadConfig
+    ) -> None:
+        self.z_SD, self.neighbours_SM, self.config = z_SD, neighbours_SM, config
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
+        # Projections start as the identity: what the backbone knows is kept, not learnt again.
+        self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
+        found = [torch.from_numpy(starts.centres(z_SD.cpu().numpy(), clusters, seed=seed)) for seed in seeds]
+        self.centres_RKD = torch.stack(found).to(z_SD.device).requires_grad_()
+        self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
+        self.refresh()
+        self.mean_RK = self.memory_RSK.mean(dim=1)
+
+    def embed(self, z_BD: Tensor) -> Tensor:
+        return normalize(z_BD @ self.projection_RDD, dim=-1)
+
+    def logits(self, x_RBD: Tensor) -> Tensor:
+        return boundary_logits(x_RBD, self.centres_RKD, temperature=self.config.boundary_temperature)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The memory of every image's boundary prediction, and the weights of its neighbours, from the heads."""
+        x_RSD = self.embed(self.z_SD)
+        self.memory_RSK = softmax(self.logits(x_RSD), dim=-1)
+        weights = [
+            torch.cat([self.neighbour_weights(x_SD, rows_B) for rows_B in torch.arange(len(x_SD)).split(space.BLOCK)])
+            for x_SD in x_RSD
+        ]
+        self.weights_RSM = torch.stack(weights)
+
+    def neighbour_weights(self, x_SD: Tensor, rows_B: Tensor) -> Tensor:
+        around_BM = self.neighbours_SM[rows_B]
+        return similarity_weights(x_SD[rows_B], x_SD[around_BM], temperature=self.config.similarity_temperature)
+
+    def epoch(self, begin: float, end: float) -> dict[str, float]:
+        """One pass over a part of the sample; `begin` and `end` are shares of the whole training."""
+        n, clusters, config = len(self.z_SD), self.centres_RKD.shape[1], self.config
+        drawn = min(n, max(config.epoch_images, 64 * clusters))
+        if begin > 0:
+            self.refresh()  # images that were not drawn must not keep the memory of an older head
+        order_RS = torch.stack([torch.randperm(n, generator=generator)[:drawn] for generator in self.generators])
+        batches = order_RS.tensor_split(max(1, round(drawn / config.batch)), dim=1)
+        sums: dict[str, float] = {}
+        for number, rows_RB in enumerate(batches):
+            through = begin + (end - begin) * number / len(batches)
+            self.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
+            for name, value in self.step(rows_RB).items():
+                sums[name] = sums.get(name, 0.0) + value / len(batches)
+        return sums
+
+    def step(self, rows_RB: Tensor) -> dict[str, float]:
+        """One optimisation step on these images, each with a random neighbour as its other view."""
+        config, pick = self.config, self.neighbours_SM.shape[1]
+        b = rows_RB.shape[1]
+        drawn_RB = torch.stack([torch.randint(pick, (b,), generator=generator) for generator in self.generators])
+        rows_RB = rows_RB.to(self.z_SD.device)
+        around_RBM = self.neighbours_SM[rows_RB]
+        views_RB = around_RBM.gather(2, drawn_RB.to(self.z_SD.device).unsqueeze(2)).squeeze(2)
+        x_RBD, view_RBD = self.embed(self.z_SD[rows_RB]), self.embed(self.z_SD[views_RB])
+        logits_RBK, view_logits_RBK = self.logits(x_RBD), self.logits(view_RBD)
+
+        with torch.no_grad():
+            q_RBK = softmax(logits_RBK, dim=2)
+            p_RBK = q_RBK
+            if config.consistency:
+                said_RBMK = self.memory_RSK[self.each_R1.unsqueeze(2), around_RBM]
+                p_RBK = similarity_prediction(self.weights_RSM[self.each_R1, rows_RB], said_RBMK)
+            agreed_RB = (p_RBK * q_RBK).sum(dim=2)
+            target_RBK = consensus_target(p_RBK, q_RBK, self.mean_RK, power=config.balance)
+            trust_RB = agreed_RB if config.trust else torch.ones_like(agreed_RB)
+
+        taught_R = (
+            consistency(target_RBK, logits_RBK, trust_RB) + consistency(target_RBK, view_logits_RBK, trust_RB)
+        ) / 2
+        contrasted_R = torch.zeros_like(taught_R)
+        if config.contrast != "none":
+            label_RB = target_RBK.argmax(dim=2)
+            kin_RBB = label_RB.unsqueeze(2) == label_RB.unsqueeze(1) if config.contrast == "semantic" else None
+            own_B = torch.arange(b, device=x_RBD.device)
+            contrasted_R = contrast(x_RBD, view_RBD, own_B, kin_RBB, temperature=config.contrast_temperature)
+        loss_R = taught_R + config.contrast_weight * contrasted_R
+        self.optimizer.zero_grad()
+        loss_R.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.optimizer.step()
+
+        with torch.no_grad():
+            before_RBK = self.memory_RSK[self.each_R1, rows_RB]
+            self.memory_RSK[self.each_R1, rows_RB] = config.momentum * before_RBK + (1 - config.momentum) * q_RBK
+            self.mean_RK = 0.9 * self.mean_RK + 0.1 * q_RBK.mean(dim=1)
+        return {
+            "loss": loss_R.mean().item(),
+            "contrast": contrasted_R.mean().item(),
+            "agreement": agreed_RB.mean().item(),
+        }
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Each restart's own grouping of the sample and its score; the memory is let go."""
+        self.refresh()
+        self.scores: list[float] = []
+        labels = []
+        for q_SK, weights_SM in zip(self.memory_RSK, self.weights_RSM, strict=True):
+            p_SK = torch.cat(
+                [
+                    similarity_prediction(weights_SM[rows_B], q_SK[self.neighbours_SM[rows_B]])
+                    for rows_B in torch.arange(len(q_SK)).split(space.BLOCK // 4)
+                ]
+            )
+            self.scores.append(float(score(p_SK, q_SK)))
+            labels.append((p_SK * q_SK).argmax(dim=1).cpu().numpy())
+        self.labels_RS = np.stack(labels)
+        del self.memory_RSK, self.weights_RSM
+
+
+def draw(images: int, most: int, *, seed: int) -> Tensor:
+    """Indices of at most `most` images, in their order, shape (S,)."""
+    if images <= most:
+        return torch.arange(images)
+    generator = torch.Generator().manual_seed(seed_of(seed, 2**20))
+    return torch.randperm(images, generator=generator)[:most].sort().values
+
+
+def central(labels_RS: np.ndarray, scores: list[float]) -> int:
+    """The restart with the largest sum of its score and of its mean adjusted Rand index to the others."""
+    alike = [np.mean([agreement([one, other]) or 0.0 for other in labels_RS]) for one in labels_RS]
+    return int(np.argmax(np.add(scores, alike)))
+
+
+@torch.no_grad()
+def answer(
+    z_ND: Tensor,
+    sample_S: Tensor,
+    neighbours_SM: Tensor,
+    projection_RDD: Tensor,
+    centres_RKD: Tensor,
+    *,
+    config: HeadConfig,
+) -> Assignment:
+    """The consensus of all restarts: both predictions are the normalised geometric means of theirs."""
+    neighbours_NM = neighbours_SM
+    if len(sample_S) < len(z_ND):
+        # An image of the sample that finds itself among its neighbours has one vote in some more.
+        found_NM = space.search(z_ND[sample_S].cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1])
+        neighbours_NM = torch.from_numpy(found_NM).to(z_ND.device)
+    memory_RSD = normalize(z_ND[sample_S] @ projection_RDD, dim=2)
+    block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * centres_RKD.shape[1])))
+    parts = []
+    for rows_B in torch.arange(len(z_ND)).split(block):
+        log_p_BK = log_q_BK = torch.zeros(())
+        for memory_SD, projection_DD, centres_KD in zip(memory_RSD, projection_RDD, centres_RKD, strict=True):
+            x_BD = normalize(z_ND[rows_B] @ projection_DD, dim=1)
+            log_q_BK = log_q_BK + log_softmax(boundary(x_BD, centres_KD, config), dim=1)
+            memory_BMD = memory_SD[neighbours_NM[rows_B]]
+            weights_BM = similarity_weights(x_BD, memory_BMD, temperature=config.similarity_temperature)
+            said_BMK = softmax(boundary(memory_BMD, centres_KD, config), dim=2)
+            log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
+        restarts = len(centres_RKD)
+        p_BK, q_BK = softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
+        parts.append(assign(p_BK, q_BK, rule=config.rule))
+    return concatenate(parts)
+
+
+def boundary(x_BD: Tensor, centres_KD: Tensor, config: HeadConfig) -> Tensor:
+    return boundary_logits(x_BD, centres_KD, temperature=config.boundary_temperature)
