@@ -107,7 +107,7 @@ def train(
             "axes": axes.axes_FD.numpy(),
             "projection": projection_RDD.cpu().numpy(),
             "centres": centres_RKD.cpu().numpy(),
-            "boundary_temperature": np.float32([config.boundary_temperature]),
+            "boundary_temperature": np.array([config.boundary_temperature], np.float32),
         },
         scores=scores,
         restarts_agreement=agreement(list(labels_RS)),
@@ -143,12 +143,12 @@ class Heads:
         x_RSD = self.embed(self.z_SD)
         self.memory_RSK = softmax(self.logits(x_RSD), dim=-1)
         weights = [
-            torch.cat([self.neighbour_weights(x_SD, rows_B) for rows_B in torch.arange(len(x_SD)).split(space.BLOCK)])
+            torch.cat([self.neighbour_weights(x_SD, rows_B) for rows_B in blocks(len(x_SD), space.BLOCK)])
             for x_SD in x_RSD
         ]
         self.weights_RSM = torch.stack(weights)
 
-    def neighbour_weights(self, x_SD: Tensor, rows_B: Tensor) -> Tensor:
+    def neighbour_weights(self, x_SD: Tensor, rows_B: slice) -> Tensor:
         around_BM = self.neighbours_SM[rows_B]
         return similarity_weights(x_SD[rows_B], x_SD[around_BM], temperature=self.config.similarity_temperature)
 
@@ -223,7 +223,7 @@ class Heads:
             p_SK = torch.cat(
                 [
                     similarity_prediction(weights_SM[rows_B], q_SK[self.neighbours_SM[rows_B]])
-                    for rows_B in torch.arange(len(q_SK)).split(space.BLOCK // 4)
+                    for rows_B in blocks(len(q_SK), space.BLOCK // 4)
                 ]
             )
             self.scores.append(float(score(p_SK, q_SK)))
@@ -265,7 +265,7 @@ def answer(
     memory_RSD = normalize(z_ND[sample_S] @ projection_RDD, dim=2)
     block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * centres_RKD.shape[1])))
     parts = []
-    for rows_B in torch.arange(len(z_ND)).split(block):
+    for rows_B in blocks(len(z_ND), block):
         log_p_BK = log_q_BK = torch.zeros(())
         for memory_SD, projection_DD, centres_KD in zip(memory_RSD, projection_RDD, centres_RKD, strict=True):
             x_BD = normalize(z_ND[rows_B] @ projection_DD, dim=1)
@@ -282,3 +282,7 @@ def answer(
 
 def boundary(x_BD: Tensor, centres_KD: Tensor, config: HeadConfig) -> Tensor:
     return boundary_logits(x_BD, centres_KD, temperature=config.boundary_temperature)
+
+
+def blocks(images: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, images, size)]

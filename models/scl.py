@@ -139,6 +139,7 @@ class Scl(Objective):
     memory_ND: Tensor
     neighbours_NM: Tensor
     mean_K: Tensor
+    seen: tuple[Tensor, Tensor, Tensor | None]  # the step's rows, their mean views, and its mean assignment
 
     def __init__(
         self, *, feature_size: int, images: int, clusters: int, epochs: int, config: FullConfig | None = None
@@ -189,7 +190,7 @@ class Scl(Objective):
             agreed_B = (p_BK * q_BK).sum(dim=1)
             target_BK = consensus_target(p_BK, q_BK, self.mean_K, power=config.balance)
             trust_B = agreed_B if config.trust else torch.ones_like(agreed_B)
-            self.seen = (*self.seen[:2], q_BK.mean(dim=0))
+            self.seen = (rows_B, x_VBD.mean(dim=0), q_BK.mean(dim=0))
         taught = consistency(target_BK, logits_VBK, trust_B).mean()
         contrasted = torch.zeros_like(taught)
         if config.contrast != "none":

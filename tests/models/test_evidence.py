@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import metrics, representatives
-from models.assign import assign, by_size
+from models.assign import assign, by_size, matching
 from models.fit import agreement, seed_of
 
 
@@ -31,6 +31,22 @@ def test_more_clusters_than_classes_can_be_scored():
     assert metrics.accuracy(np.array([0, 0, 0, 0]), np.array([0, 1, 2, 2])) == 0.5
 
 
+def test_calibration_is_the_mean_gap_of_its_bins():
+    # Both bins hold two images: 0.95 sure and all right, 0.55 sure and half right.
+    found = metrics.calibration(["a", "a", "b", "b"], np.array([0, 0, 1, 0]), np.array([0.95, 0.55, 0.95, 0.55]))
+    assert found["ece"] == pytest.approx((0.05 + 0.05) / 2)
+    assert [(row["images"], row["accuracy"]) for row in found["bins"]] == [(2, 0.5), (2, 1.0)]
+
+
+def test_a_sure_answer_falls_into_the_last_bin():
+    assert metrics.calibration(["a", "b"], np.array([0, 1]), np.array([1.0, 1.0]))["ece"] == 0
+
+
+def test_clusters_of_two_groupings_are_matched():
+    reference_N, labels_N = np.array([0, 0, 1, 1, 2]), np.array([2, 2, 0, 0, 1])
+    assert matching(reference_N, labels_N, 3).tolist() == [2, 0, 1]
+
+
 def test_balance_is_the_entropy_in_units_of_its_maximum():
     assert metrics.balance([5, 5, 5, 5]) == pytest.approx(1)
     assert metrics.balance([5, 5, 0, 0]) == pytest.approx(0.5)
@@ -46,10 +62,11 @@ def test_collapse_and_empty_clusters_are_named():
 
 def test_two_witnesses_by_hand():
     p_BK, q_BK = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.5, 0.3]])
-    found = assign(p_BK, q_BK)  # products 0.12, 0.15, 0.03 of 0.30
+    found = assign(p_BK, q_BK)  # roots of the products 0.12, 0.15 and 0.03
     assert (found.labels_N[0], found.runner_up_N[0], found.consensus_N[0]) == (1, 0, False)
-    assert found.confidence_N[0] == pytest.approx(0.5)
-    assert found.margin_N[0] == pytest.approx(0.1)
+    total = math.sqrt(0.12) + math.sqrt(0.15) + math.sqrt(0.03)
+    assert found.confidence_N[0] == pytest.approx(math.sqrt(0.15) / total)
+    assert found.margin_N[0] == pytest.approx((math.sqrt(0.15) - math.sqrt(0.12)) / total)
     assert assign(p_BK, q_BK, rule="similarity").labels_N[0] == 0
     assert assign(p_BK, q_BK, rule="boundary").confidence_N[0] == pytest.approx(0.5)
 

@@ -20,6 +20,13 @@ def test_the_space_is_that_of_scikit_learns_pca():
     np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
 
 
+def test_whitened_axes_are_those_of_scikit_learns_whitening():
+    features_NF = random_features()
+    ours = space.fit(features_NF, dimensions=5, whitening=1.0).project(features_NF).numpy()
+    theirs = normalize(PCA(5, svd_solver="full", whiten=True).fit_transform(normalize(features_NF)))
+    np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
+
+
 def test_two_images_have_one_dimension():
     features_NF = np.array([[1, 0, 2], [0, 1, 2]], np.float16)
     x_ND = space.fit(features_NF, dimensions=96).project(features_NF)

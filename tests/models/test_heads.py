@@ -1,0 +1,102 @@
+import math
+
+import numpy as np
+import pytest
+from sklearn.cluster import AgglomerativeClustering
+from sklearn.metrics import adjusted_rand_score
+from sklearn.preprocessing import normalize
+
+from models import heads, starts
+from models.heads import HeadConfig
+from tests.models.conftest import finish
+
+
+def train(features_NF, **settings):
+    options = {"clusters": 6, "epochs": 5, "restarts": 2, "seed": 0, **settings}
+    return finish(heads.train(features_NF, **options))
+
+
+def test_far_groups_are_found(blobs):
+    features_NF, class_N = blobs
+    steps, fit = train(features_NF)
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+    assert fit.assignment.consensus_N.all()
+    assert [step.done for step in steps] == [2, 4, 6, 8, 10]  # both restarts side by side
+    assert all(math.isfinite(value) for step in steps for value in step.details.values())
+
+
+def test_the_same_seed_gives_the_same_bits(blobs):
+    features_NF, _ = blobs
+    noise_NF = features_NF[np.random.default_rng(3).permutation(240)] + features_NF  # no clear groups
+    (_, one), (_, two), (_, other) = train(noise_NF), train(noise_NF), train(noise_NF, seed=1)
+    assert np.array_equal(one.assignment.confidence_N, two.assignment.confidence_N)
+    assert all(np.array_equal(one.model[name], two.model[name]) for name in one.model)
+    assert not np.array_equal(one.model["centres"], other.model["centres"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HeadConfig(consistency=False),
+        HeadConfig(contrast="none"),
+        HeadConfig(contrast="instance"),
+        HeadConfig(trust=False),
+        HeadConfig(balance=0.0),
+        HeadConfig(rule="similarity"),
+        HeadConfig(rule="boundary"),
+    ],
+)
+def test_every_switch_trains(blobs, config):
+    features_NF, class_N = blobs
+    _, fit = train(features_NF, config=config)
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) > 0.9
+
+
+def test_a_large_collection_is_sampled_in_every_epoch(blobs):
+    # 240 images, 100 drawn an epoch: the memory of the others must follow the head.
+    features_NF, class_N = blobs
+    _, fit = train(features_NF, config=HeadConfig(epoch_images=100, batch=50))
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+
+
+def test_restarts_trained_in_turn_are_those_trained_side_by_side(blobs, monkeypatch):
+    features_NF, _ = blobs
+    together = train(features_NF, restarts=3)[1]
+    monkeypatch.setattr(heads, "MEMORY_FLOATS", 1)
+    in_turn = train(features_NF, restarts=3)[1]
+    np.testing.assert_allclose(in_turn.scores, together.scores, rtol=1e-3)
+    assert np.array_equal(in_turn.assignment.labels_N, together.assignment.labels_N)
+
+
+def test_images_outside_of_the_sample_are_assigned_too(blobs):
+    features_NF, class_N = blobs
+    _, fit = train(features_NF, config=HeadConfig(sample=120))
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+
+
+def test_clusters_of_the_restarts_have_the_same_numbers(blobs):
+    features_NF, _ = blobs
+    _, fit = train(features_NF, restarts=4)
+    centres_RKD = fit.model["centres"]
+    assert centres_RKD.shape[:2] == (4, 6)
+    nearest = (centres_RKD @ centres_RKD[0].T).argmax(axis=2)
+    assert (nearest == np.arange(6)).all()
+
+
+def test_pieces_are_merged_as_ward_merges_their_images():
+    # Every piece is a number of equal points: Ward's tree of all points must agree, found by scikit-learn.
+    rng = np.random.default_rng(0)
+    centre_PD, size_P = rng.normal(size=(12, 3)), rng.integers(1, 9, 12)
+    group_P = starts.merge(centre_PD, size_P, 4)
+    ward = AgglomerativeClustering(4, linkage="ward").fit_predict(np.repeat(centre_PD, size_P, axis=0))
+    assert adjusted_rand_score(ward, np.repeat(group_P, size_P)) == 1
+
+
+def test_starts_are_as_many_as_asked_and_means_of_their_groups():
+    x_ND = normalize(np.random.default_rng(0).normal(size=(400, 5))).astype(np.float32)
+    found_KD = starts.centres(x_ND, 7, seed=0)
+    assert found_KD.shape == (7, 5)
+    assert found_KD.dtype == np.float32
+    assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0))
+    np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0)[0], x_ND.mean(axis=0), atol=1e-5)
+    assert starts.centres(x_ND[:3], 3, seed=0).shape == (3, 5)
