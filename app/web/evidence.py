@@ -3,42 +3,47 @@
 Runs are kept for good while their metrics grow with the algorithm, so every part may be missing.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 # Of a drawing, in its own units; the page scales it.
 WIDTH, HEIGHT, MARGIN = 320.0, 96.0, 8.0
 BAR_HEIGHT = 36.0
+_TICKS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 _MOST_BARS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """One number of clusters that was tried."""
+class Curve:
+    """What one criterion says of every number of clusters, stretched to the height of the drawing."""
 
+    criterion: str
+    line: str
+    vote: float | None  # the number that it speaks for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick:
     clusters: int
-    score: float
     x: float
-    y: float
-    chosen: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The numbers of clusters that were tried, why one was kept and which of its neighbours were not."""
+    """The numbers of clusters that were tried, which one was kept and why others were not."""
 
     clusters: int
-    points: list[Point]
+    least: int
+    most: int
+    x: float  # of the number that was kept
+    interval: tuple[int, int] | None  # of numbers that are nearly as good
+    band: tuple[float, float] | None  # where the interval begins, and its width
+    clarity: float | None  # 1: the groups lie apart; 0: no number stands out
+    curves: list[Curve]
+    ticks: list[Tick]
     rejected: list[dict[str, Any]]
-
-    @property
-    def line(self) -> str:
-        return " ".join(f"{point.x:.1f},{point.y:.1f}" for point in self.points)
-
-    @property
-    def chosen(self) -> Point | None:
-        return next((point for point in self.points if point.chosen), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,26 +87,47 @@ class Level:
 
 
 def sweep(metrics: Mapping[str, Any]) -> Sweep | None:
-    """How `auto` came to its number of clusters; None where the number was given."""
+    """How `auto` came to its number of clusters; None where the number was given.
+
+    The evidence is that of `models/auto.py`: of every number tried, what each criterion gives it.
+    """
     found = metrics.get("auto")
     if not found:
         return None
-    tried = [step for step in found.get("sweep", []) if step.get("score") is not None]
-    heights = _between([step["score"] for step in tried], HEIGHT - MARGIN, MARGIN)
-    places = _between(list(range(len(tried))), MARGIN, WIDTH - MARGIN)
-    points = [
-        Point(clusters=step["clusters"], score=step["score"], x=x, y=y, chosen=step["clusters"] == found["clusters"])
-        for step, x, y in zip(tried, places, heights, strict=True)
-    ]
-    return Sweep(clusters=found["clusters"], points=points, rejected=list(found.get("rejected", [])))
+    chosen, tried = found["clusters"], found.get("sweep") or []
+    least, most = min([chosen, *(t["clusters"] for t in tried)]), max([chosen, *(t["clusters"] for t in tried)])
+
+    def x(clusters: float) -> float:
+        """Logarithmic: two or three clusters differ as twenty and thirty do."""
+        share = math.log(clusters / least) / math.log(most / least) if most > least else 0.5
+        return MARGIN + (WIDTH - 2 * MARGIN) * share
+
+    interval = found.get("interval")
+    low, high = (x(min(max(end, least), most)) for end in interval or (chosen, chosen))
+    return Sweep(
+        clusters=chosen,
+        least=least,
+        most=most,
+        x=x(chosen),
+        interval=tuple(interval) if interval and interval[0] < interval[1] else None,
+        band=(low, high - low) if interval and high > low else None,
+        clarity=found.get("clarity"),
+        curves=_curves(tried, found.get("votes") or {}, x),
+        ticks=[Tick(clusters=k, x=x(k)) for k in _TICKS if least <= k <= most],
+        rejected=found.get("rejected") or [],
+    )
 
 
-def _between(values: Sequence[float], low: float, high: float) -> list[float]:
-    """The values stretched so that the least is at `low` and the greatest at `high`."""
-    if not values:
-        return []
-    least, span = min(values), max(values) - min(values)
-    return [low + (high - low) * ((value - least) / span if span else 0.5) for value in values]
+def _curves(tried: Sequence[Mapping[str, Any]], votes: Mapping[str, float], x: Callable[[float], float]) -> list[Curve]:
+    criteria = [name for name in tried[0] if name != "clusters"] if len(tried) > 1 else []
+    curves = []
+    for name in criteria:
+        values = [step[name] for step in tried]
+        least, span = min(values), max(values) - min(values) or 1
+        heights = [HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - least) / span for value in values]
+        line = " ".join(f"{x(step['clusters']):.1f},{y:.1f}" for step, y in zip(tried, heights, strict=True))
+        curves.append(Curve(criterion=name, line=line, vote=votes.get(name)))
+    return curves
 
 
 def comparison(metrics: Mapping[str, Any]) -> Comparison | None:

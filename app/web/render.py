@@ -35,8 +35,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     for filter_ in (
-        wording.ago, wording.agreement, wording.count, wording.duration, wording.filesize, wording.moment,
-        wording.percent, wording.stage, wording.time_left,
+        wording.ago, wording.agreement, wording.clarity, wording.count, wording.duration, wording.filesize,
+        wording.moment, wording.percent, wording.stage, wording.time_left,
     ):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     environment.globals |= {
@@ -47,6 +47,7 @@ def _environment() -> Environment:
         "BACKBONES": parameters.BACKBONES,
         "weights_files": storage.weights_files,
         "clusters_of": runs.clusters_of,
+        "CRITERIA": wording.CRITERIA,
         "OUTCOMES": wording.OUTCOMES,
     }
     return environment

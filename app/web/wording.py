@@ -26,6 +26,12 @@ METHODS = {
     "pica": "PICA",
 }
 TRAIN = {"head": "Head only", "full": "Whole network"}
+# What speaks for a number of clusters.
+CRITERIA = {
+    "eigengap": "How far groups of neighbours lie apart",
+    "modularity": "How many neighbours stay together",
+    "height": "How unlike are groups that would merge",
+}
 OUTCOMES = {"accepted": "Accepted", "duplicate": "Duplicate", "rejected": "Rejected"}
 
 # By the least adjusted Rand index that they hold for.
@@ -60,6 +66,13 @@ def percent(share: float) -> str:
 def agreement(index: float) -> str:
     """What an adjusted Rand index between groupings says: 1 is the same grouping, 0 what chance gives."""
     return next((words for least, words in _AGREEMENTS if index >= least), _DISAGREEMENT)
+
+
+def clarity(share: float) -> str:
+    """How far the number of clusters can be relied on."""
+    if share >= 0.75:
+        return "The groups lie clearly apart"
+    return "The groups lie apart, but not all of them" if share > 0 else "No number stands out: take this as a proposal"
 
 
 def duration(seconds: float) -> str:

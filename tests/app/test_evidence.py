@@ -1,5 +1,6 @@
 """The evidence on a result page: the choice of K, the baseline, the restarts, the merge tree."""
 
+import math
 import re
 from collections import Counter
 
@@ -16,8 +17,15 @@ from tests.app.test_web import HOSTILE, METRICS, PAGE, finished_run
 
 AUTO = {
     "clusters": 2,
-    "sweep": [{"clusters": 2, "score": 0.75}, {"clusters": 3, "score": 0.5}, {"clusters": 4, "score": None}],
-    "rejected": [{"clusters": 3, "reason": HOSTILE}, {"clusters": 4, "score": 0.125}],
+    "interval": [2, 3],
+    "votes": {"eigengap": 2.0, "modularity": 3.3},
+    "clarity": 0.5,
+    "sweep": [
+        {"clusters": 2, "eigengap": 0.75, "modularity": 0.1},
+        {"clusters": 4, "eigengap": 0.25, "modularity": 0.3},
+        {"clusters": 8, "eigengap": 0.5, "modularity": 0.2},
+    ],
+    "rejected": [{"clusters": 3, "why": HOSTILE}, {"clusters": 4, "why": "its gap is 0.25"}],
 }
 BASELINE = {"method": "kmeans", "agreement": 0.71, "sizes": [3, 2]}
 # Cluster 0 in two leaves; the clusters are one at last.
@@ -46,10 +54,11 @@ def test_the_chosen_number_is_shown_with_what_was_tried_and_rejected(api: TestCl
     page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
     words = words_of(page)
     assert "Why 2 clusters" in words
-    assert "score 0.750" in words
-    assert "Not 4: score 0.125" in words
+    assert "How many neighbours stay together: 3" in words
+    assert "The groups lie apart, but not all of them. 2 to 3 clusters fit nearly as well." in words
+    assert "Not 4: its gap is 0.25" in words
     assert "Not 3: &lt;script&gt;" in words
-    assert len(re.findall("<circle", page)) == 2
+    assert len(re.findall("<polyline", page)) == 2
 
 
 def test_the_baseline_stands_beside_the_run_without_true_labels_too(api: TestClient):
@@ -120,16 +129,24 @@ def test_the_table_of_levels_is_a_file_of_the_run(api: TestClient):
     assert "levels_csv" not in api.get(f"/v1/runs/{finished_run(metrics=METRICS).id}").json()["links"]
 
 
-def test_a_sweep_spans_the_drawing_from_its_least_to_its_greatest_score():
+def test_a_sweep_is_drawn_over_the_logarithm_of_the_clusters_and_each_criterion_fills_the_height():
     found = evidence.sweep({"auto": AUTO})
     assert found is not None
-    assert [(p.x, p.y, p.chosen) for p in found.points] == [
-        (evidence.MARGIN, evidence.MARGIN, True),
-        (evidence.WIDTH - evidence.MARGIN, evidence.HEIGHT - evidence.MARGIN, False),
-    ]
-    flat = evidence.sweep({"auto": {"clusters": 5, "sweep": [{"clusters": 5, "score": 1.0}]}})
-    assert flat is not None
-    assert [(p.x, p.y) for p in flat.points] == [(evidence.WIDTH / 2, evidence.HEIGHT / 2)]
+    top, bottom = evidence.MARGIN, evidence.HEIGHT - evidence.MARGIN
+    middle = (top + bottom) / 2
+    left, right = evidence.MARGIN, evidence.WIDTH - evidence.MARGIN
+    points = [[tuple(map(float, pair.split(","))) for pair in curve.line.split()] for curve in found.curves]
+    assert points[0] == [(left, top), (evidence.WIDTH / 2, bottom), (right, middle)]
+    assert points[1] == [(left, bottom), (evidence.WIDTH / 2, top), (right, middle)]
+    assert found.x == left
+    assert found.band == pytest.approx((left, (right - left) * math.log(3 / 2) / math.log(4)))
+    assert [(tick.clusters, tick.x > left) for tick in found.ticks] == [(2, False), (3, True), (5, True)]
+
+
+def test_a_number_without_a_sweep_draws_nothing():
+    found = evidence.sweep({"auto": {"clusters": 5}})
+    assert found is not None
+    assert (found.clusters, found.curves, found.band, found.rejected) == (5, [], None, [])
 
 
 def test_bars_of_both_groupings_share_one_scale():
