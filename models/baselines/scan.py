@@ -25,11 +25,9 @@ from torch.nn.functional import cross_entropy, softmax
 
 from models import space
 from models.baselines.pairs import batches, partners
-from models.baselines.vote import confirm
+from models.baselines.vote import BLOCK, confirm, likeliest
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
-
-BLOCK = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +84,19 @@ def train(
             best = step.head(int(now_H.argmin()))
         lowest_H = torch.minimum(lowest_H, now_H)
         yield Step(done=epoch + 1, total=2 * epochs, details={"loss": loss, "best": lowest_H.min().item()})
-    label_HN = step.labels()
+    label_HN = likeliest(len(x_ND), lambda rows_B: step.heads.predict(table, rows_B))
 
     labelling = SelfLabelling(table, best, generator=generator, config=config)
     for epoch in range(epochs):
         details = labelling.epoch()
         yield Step(done=epochs + epoch + 1, total=2 * epochs, details=details)
 
-    blocks = [best.predict(table, slice(start, start + BLOCK))[0] for start in range(0, len(x_ND), BLOCK)]
-    labels_N = torch.cat(blocks).argmax(dim=1).numpy()
+    def predict(rows_B: slice) -> Tensor:
+        return best.predict(table, rows_B)[0]
+
     centres_KG = torch.cat([best.weight_FC.detach().T, best.bias_C.detach()[:, None]], dim=1)
     return Fit(
-        assignment=confirm(x_ND, labels_N, clusters, lambda rows_B: best.predict(table, rows_B)[0]),
+        assignment=confirm(x_ND, likeliest(len(x_ND), predict), clusters, predict),
         x_ND=x_ND,
         # The last column of the centres is the bias.
         model={
@@ -202,13 +201,6 @@ class ClusteringStep:
         columns = slice(number * clusters, (number + 1) * clusters)
         weight_FK, bias_K = self.heads.weight_FC[:, columns], self.heads.bias_C[columns]
         return LinearHeads(weight_FK.detach().clone(), bias_K.detach().clone(), clusters=clusters)
-
-    def labels(self) -> np.ndarray:
-        """What every head says of every image, shape (H, N)."""
-        starts = range(0, len(self.table), BLOCK)
-        blocks = [self.heads.predict(self.table, slice(start, start + BLOCK)).argmax(dim=2) for start in starts]
-        labels_HN: np.ndarray = torch.cat(blocks, dim=1).numpy()
-        return labels_HN
 
 
 class SelfLabelling:

@@ -26,11 +26,9 @@ from torch.nn.functional import gelu, normalize, softmax
 
 from models import space
 from models.baselines.pairs import batches, partners
-from models.baselines.vote import confirm
+from models.baselines.vote import confirm, likeliest
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
-
-BLOCK = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +97,7 @@ def train(
         yield Step(done=epoch + 1, total=epochs, details={"loss": loss_H.mean().item(), "best": loss_H.min().item()})
 
     best = int(loss_H.argmin())
-    blocks = [school.predict(slice(start, start + BLOCK)) for start in range(0, len(z_ND), BLOCK)]
-    label_HN = torch.cat([p_HBK.argmax(dim=2) for p_HBK in blocks], dim=1).numpy()
+    label_HN = likeliest(len(z_ND), school.predict)
     assignment = confirm(x_ND, label_HN[best], clusters, lambda rows_B: school.predict(rows_B)[best])
     return Fit(
         assignment=assignment,

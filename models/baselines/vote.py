@@ -53,3 +53,10 @@ def confirm(x_ND: np.ndarray, labels_N: np.ndarray, clusters: int, predict: Call
         )
         parts.append(part)
     return concatenate(parts)
+
+
+def likeliest(images: int, predict: Callable[[slice], Tensor]) -> np.ndarray:
+    """The likeliest cluster of every image, int64: of shape (N,), or (H, N) where H heads predict (H, B, K)."""
+    blocks = [predict(slice(start, start + BLOCK)).argmax(dim=-1) for start in range(0, images, BLOCK)]
+    labels: np.ndarray = torch.cat(blocks, dim=-1).numpy()
+    return labels
