@@ -24,10 +24,11 @@ from PIL import Image
 
 from benchmarks.datasets import Dataset, DatasetError
 from benchmarks.protocols import BENCHMARKS, Benchmark, Settings, rows_of
-from benchmarks.quality import finish, spread
+from benchmarks.quality import spread
 from models.baselines.simclr import Simclr
 from models.config import METHODS
 from models.full import Training
+from models.progress import finish
 from models.train import Config, InputError, Source, group
 
 

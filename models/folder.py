@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from models import images
-from models.config import METHODS, Config, InputError
+from models.config import BACKBONES, METHODS, Config, InputError
 from models.features import Source, cores
 from models.files import write_atomically
 from models.progress import Progress
@@ -39,8 +40,13 @@ def parser() -> argparse.ArgumentParser:
     description = "Group the pictures of a folder by what they show."
     parser = OneLineParser(prog="python -m models.train", description=description)
     parser.add_argument("images", type=Path, metavar="IMAGES_DIR", help="folder, searched recursively")
-    parser.add_argument("--clusters", type=int, required=True, metavar="K", help="number of groups, 2 to 4096")
+    parser.add_argument(
+        "--clusters", type=number, required=True, metavar="K", help="number of groups, 2 to 4096, or auto"
+    )
     parser.add_argument("--method", default="scl", help=f"one of: {', '.join(METHODS)}; default scl")
+    parser.add_argument("--train", default="head", help="head: the backbone is frozen; full: it trains too")
+    parser.add_argument("--backbone", default="efficientnet_lite0", help=f"{', '.join(BACKBONES)} or timm/NAME")
+    parser.add_argument("--weights", metavar="FILE", help="of the backbone; or random, to train in full from nothing")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same groups; default 0")
     parser.add_argument("--truth", choices=["folder"], help="top folder names are true labels, for the report")
     parser.add_argument("--image-size", type=int, default=224, metavar="P", help="pixels a side; default 224")
@@ -49,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here for the next run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the answer is written")
     return parser
+
+
+def number(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -62,6 +72,9 @@ def run(options: argparse.Namespace) -> None:
     config = Config(
         clusters=options.clusters,
         method=options.method,
+        train=options.train,
+        backbone=options.backbone,
+        weights=options.weights,
         seed=options.seed,
         image_size=options.image_size,
         epochs=options.epochs,
@@ -101,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
     }
     write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text(options.out / "labels.csv", labels_csv(names, grouping))
+    write_text(options.out / "levels.csv", levels_csv(names, grouping))
 
 
 def read_folder(root: Path, *, besides: Path) -> tuple[list[Source], list[str]]:
@@ -168,6 +182,14 @@ def labels_csv(names: Sequence[str], grouping: Grouping) -> str:
                 str(bool(grouping.consensus_N[row])).lower(),
             ]
         )
+    return text.getvalue()
+
+
+def levels_csv(names: Sequence[str], grouping: Grouping) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["filename", *grouping.levels])
+    writer.writerows(zip(names, *(column.tolist() for column in grouping.levels.values()), strict=True))
     return text.getvalue()
 
 

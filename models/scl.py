@@ -124,7 +124,7 @@ class FullConfig(SclConfig):
     contrast_weight: float = 1.0
     dimensions: int = 128  # of the projection
     start: float = 0.5  # share of the epochs after which clusters exist; before, instances are told apart
-    layer: Literal["features", "projection"] = "projection"  # what the answer is made on
+    layer: Literal["features", "projection"] = "features"  # what the answer is made on
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,6 +19,7 @@ import torch
 
 from models import auto, distributed, full, heads, pixels, scl
 from models.baselines import cc, kmeans, pica, scan, simclr, temi
+from models.baselines import pixels as raw
 from models.config import Config, InputError
 from models.features import Source, UnreadableImageError, cores, extract
 from models.files import write_atomically
@@ -48,8 +49,6 @@ OBJECTIVES: Mapping[str, ObjectiveFactory] = {
 }
 BASELINE = "kmeans"
 MANY_CLUSTERS = 128
-# Side of the pictures that k-means on pixels compares.
-RAW_PIXELS = 32
 
 
 def group(
@@ -103,8 +102,7 @@ def group(
     if config.method != BASELINE:
         # Starts differ less the more images there are, and the baseline must not cost more than the method.
         starts = None if len(sources) <= 5000 else 3
-        plain = replace(config, train="head", weights=None, backbone="efficientnet_lite0")
-        plain = replace(plain, clusters=clusters, method=BASELINE, epochs=None, restarts=starts).resolved()
+        plain = Config(clusters=clusters, method=BASELINE, seed=config.seed, restarts=starts).resolved()
         baseline = (BASELINE, (yield from clock.follow("baseline", fit_head(plain, features_NF, device="cpu"))))
 
     def describing() -> Generator[Step, None, Grouping]:
@@ -144,8 +142,7 @@ class _Job:
         config = yield from self.settle(features_NF)
         rows_NF = features_NF
         if config.method == "kmeans_pixels":
-            pixels_NSSC = yield from self.clock.follow("pixels", self.pixels(RAW_PIXELS))
-            rows_NF = pixels_NSSC.reshape(len(pixels_NSSC), -1).astype(np.float16)
+            rows_NF = raw.rows((yield from self.clock.follow("pixels", self.pixels(raw.SIDE))))
         # Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
         torch.set_num_threads(self.threads if self.clusters > MANY_CLUSTERS else 1)
         fit = yield from self.clock.follow("training", fit_head(config, rows_NF, device=self.device))

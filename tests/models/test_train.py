@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from models import train
 from models.folder import main
+from models.full import Stopped
 from models.train import Config, InputError, group, save_model
 from tests.models.conftest import finish, sources_of
 
@@ -29,8 +31,14 @@ def cache(tmp_path_factory):
         ({"clusters": "ten"}, "clusters is 'ten'; it must be a whole number"),
         ({"clusters": True}, "clusters is True"),
         ({"method": "magic"}, "method is 'magic'; it must be one of: scl, kmeans"),
-        ({"train": "full"}, "train is 'full'; it must be one of: head"),
+        ({"clusters": "auto!"}, "clusters is 'auto!'"),
+        ({"train": "half"}, "train is 'half'; it must be one of: head, full"),
+        ({"train": "full", "method": "kmeans"}, "method 'kmeans' does not train 'full'; it trains: head"),
+        ({"method": "cc"}, "method 'cc' does not train 'head'; it trains: full"),
         ({"backbone": "vgg"}, "backbone is 'vgg'"),
+        ({"backbone": "resnet18"}, "backbone 'resnet18' comes without weights; name a weights file, or 'random'"),
+        ({"weights": "random"}, "weights is 'random'; a head needs a pretrained backbone, so train 'full'"),
+        ({"weights": "/nowhere/w.pt"}, "weights is '/nowhere/w.pt'; there is no such file"),
         ({"image_size": 16}, "image_size is 16; it must be from 32 to 1024"),
         ({"epochs": 0}, "epochs is 0"),
         ({"restarts": 101}, "restarts is 101; it must be from 1 to 100"),
@@ -50,7 +58,7 @@ def test_the_methods_defaults_are_filled_in():
     assert resolved.resolved() == resolved
 
 
-@pytest.mark.parametrize("method", ["scl", "kmeans"])
+@pytest.mark.parametrize("method", ["scl", "kmeans", "kmeans_pixels", "temi", "scan"])
 def test_a_grouping_keeps_its_promises(sources, cache, method):
     truth = [source.path.parent.name for source in sources]
     config = Config(clusters=3, method=method, **QUICK)
@@ -72,8 +80,11 @@ def test_a_grouping_keeps_its_promises(sources, cache, method):
         assert found.typicality_N[rows[0]] == own.max()
         assert found.cohesion_K[cluster] == pytest.approx(own.mean(), rel=1e-4)
     assert found.metrics["quality"]["acc"] > 0.5
-    assert (found.metrics["baseline"] is not None) == (method == "scl")
-    if method == "scl":
+    assert (found.metrics["baseline"] is not None) == (method != "kmeans")
+    assert found.metrics["auto"] is None
+    assert 0 <= found.metrics["calibration"]["ece"] <= 1
+    assert np.array_equal(found.levels["groups_3"], found.labels_N)
+    if method != "kmeans":
         assert found.metrics["baseline"]["quality"].keys() == {"acc", "nmi", "ari"}
     json.dumps(found.metrics, allow_nan=False)
 
@@ -109,6 +120,65 @@ def test_many_copies_of_a_few_images(sources, cache, method):
     labels_N = finish(group(config, chosen, cache_dir=cache))[1].labels_N
     assert len({tuple(labels_N[start::3]) for start in range(3)}) == 3
     assert all(len(set(labels_N[start::3])) == 1 for start in range(3))
+
+
+@pytest.mark.parametrize("method", ["scl", "simclr", "cc", "pica"])
+def test_a_backbone_trains_too(sources, tmp_path, method):
+    settings = {"train": "full", "backbone": "resnet10_slim", "weights": "random", "image_size": 32}
+    config = Config(clusters=3, method=method, epochs=4, restarts=2, seed=1, **settings)
+    truth = [source.path.parent.name for source in sources]
+    steps, found = finish(group(config, sources, cache_dir=tmp_path, truth=truth))
+    assert {step.stage for step in steps} == {"pixels", "training", "baseline", "representatives"}
+    assert steps[-1].fraction == pytest.approx(1)
+    assert sum(found.metrics["sizes"]) == 60
+    assert found.metrics["baseline"]["quality"].keys() == {"acc", "nmi", "ari"}
+    save_model(found, config, tmp_path / "model")
+    again = finish(group(config, sources, cache_dir=None))[1]
+    assert np.array_equal(again.labels_N, found.labels_N)
+
+
+def test_a_full_training_told_to_stop_goes_on_from_there(sources, tmp_path):
+    settings = {"train": "full", "backbone": "resnet10_slim", "weights": "random", "image_size": 32}
+    config = Config(clusters=3, epochs=4, restarts=2, **settings)
+    undisturbed = finish(group(config, sources))[1]
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped):
+        finish(group(config, sources, checkpoint=tmp_path, stop=lambda: next(asked)))
+    steps, resumed = finish(group(config, sources, checkpoint=tmp_path))
+    assert next(step for step in steps if step.stage == "training").done == 3
+    assert np.array_equal(resumed.labels_N, undisturbed.labels_N)
+
+
+def test_the_number_of_clusters_is_found(sources, cache):
+    config = Config(clusters="auto", **QUICK)
+    found = finish(group(config, sources, cache_dir=cache))[1]
+    chosen = found.metrics["auto"]["clusters"]
+    assert len(found.metrics["sizes"]) == chosen
+    assert {row["clusters"] for row in found.metrics["auto"]["sweep"]} >= {chosen}
+    assert set(found.labels_N) <= set(range(chosen))
+    json.dumps(found.metrics, allow_nan=False)
+
+
+def test_a_number_needs_features_to_be_found_on(sources):
+    config = Config(clusters="auto", train="full", backbone="resnet10_slim", weights="random", image_size=32)
+    with pytest.raises(InputError, match="clusters is 'auto' and weights is 'random'"):
+        finish(group(config, sources))
+
+
+def test_features_that_are_no_numbers_are_refused(sources, cache, tmp_path):
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    part = next(copy.rglob("*-64-*/part-*.npy"))
+    features_NF = np.load(part)
+    features_NF[0] = np.nan
+    np.save(part, features_NF)
+    with pytest.raises(InputError, match=r"the features of image .+\.png are not numbers"):
+        finish(group(Config(clusters=3, **QUICK), sources, cache_dir=copy))
+
+
+def test_a_single_image_cannot_be_grouped(sources):
+    with pytest.raises(InputError, match="1 images cannot be grouped; at least 2 are needed"):
+        finish(group(Config(clusters="auto"), sources[:1]))
 
 
 def test_more_clusters_than_images(sources):
@@ -187,6 +257,9 @@ def test_the_command_groups_a_folder_of_digits(digits, tmp_path):
         assert found["quality"].keys() == {"acc", "nmi", "ari"}
     assert sum(cluster["size"] for cluster in report["clusters"]) == 60
     assert (tmp_path / "out" / "model.safetensors").exists()
+    with (tmp_path / "out" / "levels.csv").open() as file:
+        levels = list(csv.DictReader(file))
+    assert [row["groups_3"] for row in levels] == [row["cluster"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +286,7 @@ def test_a_bad_command_line_is_one_line_too(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["folder", "--clusters", "many", "--out", "out"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: argument --clusters: invalid int value: 'many'\n"
+    assert capsys.readouterr().err == "error: argument --clusters: invalid number value: 'many'\n"
 
 
 def test_true_labels_need_folders(tmp_path, capsys):

@@ -1,0 +1,147 @@
+"""Training from random weights at an equal budget: `python -m benchmarks.full --data cifar10.zip:10000 --epochs 12`.
+
+SCL, SimCLR with k-means on either of its feature layers, and CC train the same network on the same images, views and
+steps. Two runs go side by side, a thread each. Prints ACC, NMI and ARI as mean ± sd over the seeds, and with
+`--figure FILE` draws how ACC rose with the epochs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.archives import Selection, unpack
+from benchmarks.quality import spread
+from models import pixels
+from models.baselines import kmeans
+from models.features import cores
+from models.full import Training
+from models.metrics import quality
+from models.objective import Objective
+from models.progress import finish
+from models.train import OBJECTIVES
+
+MARKS = 4  # of the curve
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.full", description=__doc__)
+    parser.add_argument("--data", type=Selection.parse, required=True, metavar="ZIP", help="ZIP or ZIP:N")
+    parser.add_argument("--methods", nargs="+", default=["scl", "simclr", "cc"], choices=list(OBJECTIVES))
+    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
+    parser.add_argument("--epochs", type=int, default=12, metavar="E")
+    parser.add_argument("--backbone", default="resnet10_slim")
+    parser.add_argument("--image-size", type=int, default=32, metavar="P")
+    parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as JSON lines")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the learning curves")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        sources, truth = unpack(options.data, Path(scratch) / "images")
+        gathered = pixels.gather(sources, image_size=options.image_size, cache_dir=None, threads=cores())
+        file = Path(scratch) / "pixels.npy"
+        np.save(file, finish(gathered))
+        print(f"{options.data.name}: {options.backbone}, {options.epochs} epochs, seeds 0 to {options.seeds - 1}")
+        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            asked = [
+                pool.submit(run, method, seed, file, truth, options.epochs, options.backbone)
+                for seed in range(options.seeds)
+                for method in options.methods
+            ]
+            rows = []
+            for job in asked:
+                rows.extend(job.result())
+                if options.record:
+                    with options.record.open("a") as record:
+                        record.writelines(json.dumps(row) + "\n" for row in job.result())
+                last = [row for row in job.result() if row["epoch"] == options.epochs]
+                for row in last:
+                    print(json.dumps(row), flush=True)
+    print_table(rows, options.epochs)
+    if options.figure:
+        draw(rows, options.figure)
+
+
+def run(
+    method: str, seed: int, file: Path, truth: Sequence[str], epochs: int, backbone: str
+) -> list[dict[str, float | str]]:
+    """Train one network; what its groupings scored at some epochs, the last one included."""
+    torch.set_num_threads(1)
+    training = Training(
+        np.load(file, mmap_mode="r"),
+        objective=OBJECTIVES[method],
+        backbone=backbone,
+        weights="random",
+        clusters=len(set(truth)),
+        epochs=epochs,
+        seed=seed,
+    )
+    marks = {round(epochs * mark / MARKS) for mark in range(1, MARKS + 1)}
+    rows: list[dict[str, float | str]] = []
+    seen, trained_s, started = 0, 0.0, time.process_time()
+    for step in training.run():
+        epoch = step.done // training.steps
+        if step.done % training.steps or epoch == seen:
+            continue
+        seen = epoch
+        if epoch in marks:
+            trained_s += time.process_time() - started
+            for layer, labels_N in answers(method, training.objective, training.features(), seed).items():
+                rows.append({"method": layer, "seed": seed, "epoch": epoch, "cpu_s": trained_s})
+                rows[-1].update(quality(truth, labels_N))
+            started = time.process_time()
+    return rows
+
+
+def answers(method: str, objective: Objective, features_NF: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The method's grouping; of SimCLR k-means on each of its layers."""
+    if method != "simclr":
+        return {method: objective.answer(features_NF, seed=seed, restarts=8).assignment.labels_N}
+    found = {}
+    for name, x_ND in objective.layers(features_NF).items():
+        steps = kmeans.train(x_ND, clusters=objective.clusters, epochs=300, restarts=10, seed=seed)
+        found[f"simclr, k-means on {name}"] = finish(steps).assignment.labels_N
+    return found
+
+
+def print_table(rows: Sequence[dict[str, Any]], epochs: int) -> None:
+    print(f"{'method':<32} {'ACC':>15} {'NMI':>15} {'ARI':>15} {'CPU s':>8}")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        last = [row for row in rows if row["method"] == method and row["epoch"] == epochs]
+        cells = " ".join(f"{spread([row[name] for row in last]):>15}" for name in ("acc", "nmi", "ari"))
+        print(f"{method:<32} {cells} {statistics.mean(row['cpu_s'] for row in last):>8.0f}")
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """ACC over epochs, a line a method with the spread of its seeds."""
+    import matplotlib as mpl  # noqa: PLC0415  # only here
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        epochs = sorted({row["epoch"] for row in own})
+        values = [[row["acc"] for row in own if row["epoch"] == epoch] for epoch in epochs]
+        means = np.array([statistics.mean(at) for at in values])
+        deviations = np.array([statistics.stdev(at) if len(at) > 1 else 0.0 for at in values])
+        axes.plot(epochs, means, marker="o", label=method)
+        axes.fill_between(epochs, means - deviations, means + deviations, alpha=0.15)
+    axes.set(xlabel="epochs (two views of each image in each)", ylabel="ACC", title="Training from random weights")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

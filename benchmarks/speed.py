@@ -1,0 +1,90 @@
+"""Two ratios against the limit, each measured in one run: `python -m benchmarks.speed --data ZIP:10000`.
+
+`head_end_to_end_ratio`: from files to labels (decode, features, training, k-means beside it, representatives) over the
+bare forward pass of the same backbone over the same decoded images, in the fastest runtime found; both in turn, median
+of the rounds. `full_step_ratio`: a step of full training over a bare forward and backward pass of the same network on
+ready tensors, step by step in turn.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.archives import Selection, unpack
+from models import backbones, pixels
+from models.features import BATCH, cores
+from models.full import Training
+from models.progress import finish
+from models.scl import Scl
+from models.train import Config, Source, group
+
+BACKBONE, IMAGE_SIZE = "efficientnet_lite0", 224
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--data", type=Selection.parse, required=True, metavar="ZIP", help="ZIP or ZIP:N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="R", help="of the whole way; default 3")
+    parser.add_argument("--steps", type=int, default=30, metavar="S", help="of full training; default 30")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        sources, truth = unpack(options.data, Path(scratch) / "images")
+        ratios = [whole_way(sources, len(set(truth)), Path(scratch)) for _ in range(options.rounds)]
+        print(f"head_end_to_end_ratio: {statistics.median(ratios):.2f}", flush=True)
+        small_NSSC = finish(pixels.gather(sources, image_size=32, cache_dir=None, threads=cores()))
+    print(f"full_step_ratio: {full_step(small_NSSC, options.steps):.2f}")
+
+
+def whole_way(sources: list[Source], clusters: int, scratch: Path) -> float:
+    """Seconds from files to labels over seconds of the bare forward pass, one after the other."""
+    decoded_NSSC = finish(pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=scratch / "pixels", threads=cores()))
+    encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cores(), device="cpu")
+    encode(np.array(decoded_NSSC[:BATCH]))
+    started = time.perf_counter()
+    for start in range(0, len(decoded_NSSC), BATCH):
+        encode(np.array(decoded_NSSC[start : start + BATCH]))
+    bare_s = time.perf_counter() - started
+    started = time.perf_counter()
+    grouping = finish(group(Config(clusters=clusters, image_size=IMAGE_SIZE), sources, cache_dir=None))
+    whole_s = time.perf_counter() - started
+    stages = ", ".join(f"{name} {value:.1f}" for name, value in grouping.metrics["seconds"].items())
+    print(f"bare forward {bare_s:.1f} s; whole {whole_s:.1f} s ({stages}): {whole_s / bare_s:.2f}", flush=True)
+    return whole_s / bare_s
+
+
+def full_step(pixels_NSSC: np.ndarray, steps: int) -> float:
+    """Seconds of a training step over those of a bare forward and backward pass of two views; medians of the steps."""
+    torch.set_num_threads(cores())
+    training = Training(
+        pixels_NSSC, objective=Scl, backbone="resnet10_slim", weights="random", clusters=10, epochs=2, seed=0
+    )
+    training.begin_epoch(1)  # clusters exist in the second half
+    ready_XCSS, whole_s, bare_s = None, [], []
+    for rows_G, pixels_BSSC in training.batches(0, 0):
+        if ready_XCSS is None:
+            ready_XCSS = training.views(pixels_BSSC)
+        if len(pixels_BSSC) * 2 != len(ready_XCSS):
+            continue
+        started = time.perf_counter()
+        training.step(rows_G, pixels_BSSC)
+        between = time.perf_counter()
+        training.forward(ready_XCSS).square().mean().backward()
+        whole_s.append(between - started)
+        bare_s.append(time.perf_counter() - between)
+        training.optimizer.zero_grad()
+        if len(whole_s) > steps:
+            break
+    # The first of each warms up.
+    whole, bare = statistics.median(whole_s[1:]), statistics.median(bare_s[1:])
+    print(f"full step {whole * 1e3:.0f} ms; bare forward and backward {bare * 1e3:.0f} ms", flush=True)
+    return whole / bare
+
+
+if __name__ == "__main__":
+    main()
