@@ -12,7 +12,7 @@ features are standardised, and dropout of half of them stands in for the strong 
 The optimiser is Adam at a rate of 1e-3 with batches of 128 (public: SGD at 5 with 512 for frozen features, Adam at
 1e-4 with 128 for whole networks). A collection without confident images keeps the clustering step's answer.
 
-Letters in shapes: N images, B batch, H heads, K clusters, F features, M neighbours.
+Letters in shapes: N images, B batch, H heads, K clusters, F features, M neighbours, S images of a sample.
 """
 
 from collections.abc import Generator
@@ -44,7 +44,7 @@ class ScanConfig:
     least_steps: int = 15  # of clustering in an epoch, however few images there are
     learning_rate: float = 1e-3
     dropped: float = 0.5  # share of the features in self-labelling
-    sample: int = 2048  # images on which the heads are compared after an epoch
+    sample: int = 1024  # images on which the heads are compared after an epoch
 
     def __post_init__(self) -> None:
         for name in ("neighbours", "label_batch", "label_epochs", "batch", "least_steps", "learning_rate", "sample"):
@@ -143,7 +143,7 @@ class LinearHeads:
         return (z_BF @ self.weight_FC + self.bias_C).view(len(z_BF), -1, self.clusters).transpose(0, 1)
 
     @torch.no_grad()
-    def predict(self, table: Standardised, rows_B: slice) -> Tensor:
+    def predict(self, table: Standardised, rows_B: Tensor | slice) -> Tensor:
         """Probabilities of these images, shape (H, B, K), on the CPU."""
         return softmax(self.logits(table[rows_B]), dim=2).cpu()
 
@@ -168,7 +168,12 @@ class ClusteringStep:
         bias_C = spread * (2 * torch.rand(heads * clusters, generator=generator) - 1)
         self.heads = LinearHeads(weight_FC.to(device), bias_C.to(device), clusters=clusters)
         self.optimizer = torch.optim.Adam([self.heads.weight_FC, self.heads.bias_C], lr=config.learning_rate)
-        self.sample_S = torch.arange(0, len(table), max(1, len(table) // config.sample), device=device)
+        # The heads are compared on a sample and its neighbours: U images, and where they stand among those.
+        sample_S = torch.arange(0, len(table), max(1, len(table) // config.sample), device=device)
+        compared_XS = torch.cat([sample_S[None], neighbours_NM[sample_S].T])
+        self.needed_U, place_XS = torch.unique(compared_XS, return_inverse=True)
+        self.sample_S, self.around_MS = place_XS[0].cpu(), place_XS[1:].cpu()
+        self.heads_count = heads
 
     def epoch(self) -> float:
         """One pass over the collection, more over a small one; the mean loss of a head."""
@@ -185,15 +190,17 @@ class ClusteringStep:
             losses.append(loss_H.mean().item())
         return sum(losses) / len(losses)
 
-    @torch.no_grad()
     def compare(self) -> Tensor:
         """The loss of every head, shape (H,), over all neighbours of a sample, both terms alike."""
-        p_HSK = softmax(self.heads.logits(self.table[self.sample_S]), dim=2)
-        losses = [
-            scan_loss(p_HSK, softmax(self.heads.logits(self.table[pairs_S]), dim=2), entropy_weight=1.0)
-            for pairs_S in self.neighbours_NM[self.sample_S].T
-        ]
-        return torch.stack(losses).mean(dim=0).cpu()
+        losses = []
+        for number in range(self.heads_count):
+            head = self.head(number)
+            blocks = [head.predict(self.table, rows_B)[0] for rows_B in torch.split(self.needed_U, BLOCK)]
+            p_UK = torch.cat(blocks)
+            p_1SK = p_UK[self.sample_S][None]
+            pairs = [scan_loss(p_1SK, p_UK[pairs_S][None], entropy_weight=1.0) for pairs_S in self.around_MS]
+            losses.append(torch.cat(pairs).mean())
+        return torch.stack(losses)
 
     def head(self, number: int) -> LinearHeads:
         """A copy of one head as it is now."""

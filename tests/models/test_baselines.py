@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import StandardScaler
 
@@ -137,6 +138,22 @@ def test_scans_loss_is_that_of_its_formula():
 def test_certain_balanced_neighbours_cost_minus_the_weighted_entropy():
     certain = torch.eye(4).repeat(2, 1)[None]
     assert scan.scan_loss(certain, certain, entropy_weight=5.0).item() == pytest.approx(-5 * math.log(4), rel=1e-6)
+
+
+def test_heads_are_compared_over_all_neighbours_of_every_image():
+    rng = np.random.default_rng(0)
+    features_NF = rng.normal(size=(20, 4)).astype(np.float16)
+    neighbours_NM = torch.from_numpy(rng.integers(20, size=(20, 3)))
+    options = {"clusters": 3, "heads": 2, "generator": torch.Generator().manual_seed(0), "config": ScanConfig()}
+    table = scan.Standardised(features_NF, device="cpu")
+    step = scan.ClusteringStep(table, neighbours_NM, **options)
+    weights, biases = step.heads.weight_FC.detach().numpy(), step.heads.bias_C.detach().numpy()
+    for head, loss in enumerate(step.compare().tolist()):
+        own = slice(3 * head, 3 * head + 3)
+        p = softmax(table[:].numpy() @ weights[:, own] + biases[own], axis=1)
+        agree = np.mean([np.log(p[i] @ p[j]) for i in range(20) for j in neighbours_NM[i]])
+        mean = p.mean(axis=0)
+        assert loss == pytest.approx(-agree + sum(mean * np.log(mean)), rel=1e-5)
 
 
 def test_self_labels_count_by_cluster():
