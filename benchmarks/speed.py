@@ -74,7 +74,7 @@ def full_step(pixels_NSSC: np.ndarray, steps: int) -> float:
         started = time.perf_counter()
         training.step(rows_G, pixels_BSSC)
         between = time.perf_counter()
-        training.forward(ready_XCSS).square().mean().backward()
+        training.forward(ready_XCSS).square().mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         whole_s.append(between - started)
         bare_s.append(time.perf_counter() - between)
         training.optimizer.zero_grad()

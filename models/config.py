@@ -28,15 +28,20 @@ class Defaults:
 # Method by method, the ways to train that it knows: `head` on frozen features, `full` with the backbone.
 METHODS: Mapping[str, Mapping[str, Defaults]] = MappingProxyType(
     {
-        "scl": {"head": Defaults(epochs=30, restarts=6), "full": Defaults(epochs=100, restarts=4)},
+        "scl": {"head": Defaults(epochs=15, restarts=12), "full": Defaults(epochs=100, restarts=4)},
         "kmeans": {"head": Defaults(epochs=300, restarts=10)},
         "kmeans_pixels": {"head": Defaults(epochs=300, restarts=10)},
-        "temi": {"head": Defaults(epochs=100, restarts=16)},
-        "scan": {"head": Defaults(epochs=100, restarts=10)},
+        "temi": {"head": Defaults(epochs=40, restarts=16)},
+        "scan": {"head": Defaults(epochs=40, restarts=10)},
         "simclr": {"full": Defaults(epochs=100, restarts=10)},
         "cc": {"full": Defaults(epochs=100, restarts=1)},
         "pica": {"full": Defaults(epochs=100, restarts=1)},
     }
+)
+
+# What a user may ask for in one word; single settings go before it.
+PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"fast": MappingProxyType({"image_size": 128, "restarts": 4})}
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from models import images
-from models.config import BACKBONES, METHODS, Config, InputError
+from models.config import BACKBONES, METHODS, PRESETS, Config, InputError
 from models.features import Source, cores
 from models.files import write_atomically
 from models.progress import Progress
@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", metavar="FILE", help="of the backbone; or random, to train in full from nothing")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same groups; default 0")
     parser.add_argument("--truth", choices=["folder"], help="top folder names are true labels, for the report")
-    parser.add_argument("--image-size", type=int, default=224, metavar="P", help="pixels a side; default 224")
+    parser.add_argument("--preset", choices=list(PRESETS), help="fast: smaller input and fewer restarts")
+    parser.add_argument("--image-size", type=int, metavar="P", help="pixels a side; default 224")
     parser.add_argument("--epochs", type=int, metavar="E", help="default: the method's own")
     parser.add_argument("--restarts", type=int, metavar="R", help="default: the method's own")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep features here for the next run")
@@ -69,17 +70,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(options: argparse.Namespace) -> None:
-    config = Config(
-        clusters=options.clusters,
-        method=options.method,
-        train=options.train,
-        backbone=options.backbone,
-        weights=options.weights,
-        seed=options.seed,
-        image_size=options.image_size,
-        epochs=options.epochs,
-        restarts=options.restarts,
-    )
+    settings = ("clusters", "method", "train", "backbone", "weights", "seed", "image_size", "epochs", "restarts")
+    said = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
+    config = Config(**{**PRESETS.get(options.preset, {}), **said})
     root: Path = options.images
     if not root.is_dir():
         raise InputError(f"{root} is no folder")

@@ -10,6 +10,7 @@ import safetensors.numpy
 from PIL import Image
 
 from models import train
+from models.config import METHODS
 from models.folder import main
 from models.full import Stopped
 from models.train import Config, InputError, group, save_model
@@ -267,12 +268,24 @@ def test_the_command_groups_a_folder_of_digits(digits, tmp_path):
     [
         ({"clusters": 61}, "error: 61 clusters asked of 60 images; ask for fewer clusters"),
         ({"clusters": 1}, "error: clusters is 1; it must be from 2 to 4096"),
-        ({"method": "magic"}, "error: method is 'magic'; it must be one of: scl, kmeans"),
+        ({"method": "magic"}, f"error: method is 'magic'; it must be one of: {', '.join(METHODS)}"),
+        ({"method": "cc"}, "error: method 'cc' does not train 'head'; it trains: full"),
+        (
+            {"backbone": "resnet18"},
+            "error: backbone 'resnet18' comes without weights; name a weights file, or 'random' to train in full",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(digits, tmp_path, capsys, extra, message):
     assert main(arguments(digits, tmp_path / "out", **extra)) == 2
     assert capsys.readouterr().err == message + "\n"
+
+
+def test_a_preset_is_a_few_settings_that_single_ones_go_before(digits, tmp_path):
+    options = [str(digits), "--clusters", "3", "--preset", "fast", "--epochs", "2", "--out", str(tmp_path)]
+    assert main([*options, "--image-size", "64"]) == 0
+    config = json.loads((tmp_path / "report.json").read_text())["config"]
+    assert (config["restarts"], config["image_size"], config["epochs"]) == (4, 64, 2)
 
 
 def test_the_command_needs_a_folder_with_pictures(tmp_path, capsys):
