@@ -7,7 +7,7 @@ memory. Statistics of batch normalisation are those of the whole batch.
 What a process propagates backwards is the gradient through its own share alone, times the number of processes:
 `DistributedDataParallel` then averages, so that every process holds the sum, the gradient of the whole batch.
 
-Letters in shapes: V views, B batch of one process, G of all of them, F features, C channels.
+Letters in shapes: V views, B batch of one process, G of all of them, R rows of one process, F features, C channels.
 """
 
 import os
@@ -64,6 +64,19 @@ def gather(h_VBF: Tensor) -> Tensor:
         return h_VBF
     gathered: Tensor = _Gather.apply(h_VBF)
     return gathered
+
+
+@torch.no_grad()
+def concatenate(own_RF: Tensor, *, rows: int) -> Tensor:
+    """All `rows` rows, of which `torch.tensor_split` gave each process its own; R of this process."""
+    if world_size() == 1:
+        return own_RF
+    room = -(-rows // world_size())
+    padded_RF = torch.cat([own_RF, own_RF.new_zeros(room - len(own_RF), own_RF.shape[1])])
+    shares = [torch.empty_like(padded_RF) for _ in range(world_size())]
+    dist.all_gather(shares, padded_RF)
+    sizes = [len(share) for share in torch.arange(rows).tensor_split(world_size())]
+    return torch.cat([share_RF[:size] for share_RF, size in zip(shares, sizes, strict=True)])
 
 
 class _Gather(torch.autograd.Function):

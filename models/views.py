@@ -7,7 +7,9 @@ Hue is turned in YIQ, where it is linear too, instead of in HSV.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,14 +74,18 @@ class Draw:
     saturation_B: Tensor
     hue_B: Tensor  # of a full turn, 0 for none
     gray_B: Tensor  # bool
-    sigma_B: Tensor  # pixels, 0 for no blur
+    sigma_B: Tensor | None  # pixels, 0 for no blur; None where nothing is ever blurred
 
     def __getitem__(self, rows: slice) -> "Draw":
         """The choices for some of the images."""
-        return Draw(**{name: value[rows] for name, value in vars(self).items()})
+        return self.each(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> "Draw":
-        return Draw(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        return self.each(lambda value: value.to(device, non_blocking=True))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Draw":
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in vars(self).items()}
+        return Draw(**changed)
 
 
 def draw(augmentation: Augmentation, images: int, generator: torch.Generator) -> Draw:
@@ -112,7 +118,9 @@ def draw(augmentation: Augmentation, images: int, generator: torch.Generator) ->
         saturation_B=factor(augmentation.saturation),
         hue_B=torch.where(jittered_B, uniform(-augmentation.hue, augmentation.hue), 0.0),
         gray_B=uniform(0, 1) < augmentation.gray,
-        sigma_B=torch.where(uniform(0, 1) < augmentation.blur, uniform(*augmentation.blur_sigma), 0.0),
+        sigma_B=torch.where(uniform(0, 1) < augmentation.blur, uniform(*augmentation.blur_sigma), 0.0)
+        if augmentation.blur
+        else None,
     )
 
 
@@ -120,7 +128,7 @@ def view(pixels_BHWC: Tensor, choices: Draw, *, mean: Colour, std: Colour) -> Te
     """One view of each image: `uint8` pixels to normalised float32 of shape (B, C, H, W), channels last."""
     x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).float() / 255
     x_BCHW = recolour(crop(x_BCHW, choices), choices)
-    if bool((choices.sigma_B > 0).any()):
+    if choices.sigma_B is not None:
         x_BCHW = blur(x_BCHW, choices.sigma_B)
     return normalise(x_BCHW, mean=mean, std=std)
 

@@ -57,6 +57,7 @@ def test_in_a_single_process_the_normalisation_is_torchs(layer):
 def test_alone_nothing_is_sent():
     h_VBF = torch.randn(2, 3, 4)
     assert distributed.gather(h_VBF) is h_VBF
+    assert torch.equal(distributed.concatenate(h_VBF[0], rows=3), h_VBF[0])
     assert distributed.anywhere(True, device="cpu") is True
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
 

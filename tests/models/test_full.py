@@ -205,8 +205,11 @@ def test_a_read_only_map_of_pixels_serves(tmp_path):
 
 def test_precision_follows_the_processor():
     bf16 = torch.cpu._is_avx512_bf16_supported()
-    assert full.precision("auto", "cpu") == (torch.bfloat16 if bf16 else torch.float32)
-    assert full.precision("float32", "cpu") == torch.float32
+    dense, grouped = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+    assert full.precision("auto", "cpu", dense) == (torch.bfloat16 if bf16 else torch.float32)
+    assert full.precision("auto", "cpu", grouped) == torch.float32
+    assert full.precision("float32", "cpu", dense) == torch.float32
+    assert full.precision("bfloat16", "cpu", grouped) == torch.bfloat16
 
 
 @pytest.mark.parametrize(
