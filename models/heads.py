@@ -69,48 +69,40 @@ def train(
     """
     config = config or HeadConfig()
     axes = space.fit(features_NF, dimensions=config.dimensions, whitening=config.whitening)
-    z_ND = axes.project(features_NF)
-    sample_S = draw(len(z_ND), max(config.sample, 16 * clusters), seed=seed)
+    z_ND = axes.project(features_NF).to(device)
+    sample_S = draw(len(z_ND), max(config.sample, 16 * clusters), seed=seed).to(device)
     z_SD = z_ND[sample_S]
     wanted = space.neighbour_count(len(z_SD), clusters, wanted=config.neighbours)
-    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), wanted)).to(device)
-    heads = []
+    neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted)).to(device)
     at_once = max(1, MEMORY_FLOATS // (len(z_SD) * clusters))
+    trained: list[Heads] = []
     for first in range(0, restarts, at_once):
         seeds = [seed_of(seed, restart) for restart in range(first, min(first + at_once, restarts))]
-        heads.append(Heads(z_SD.to(device), neighbours_SM, clusters=clusters, seeds=seeds, config=config))
+        trained.append(Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds, config=config))
         for epoch in range(epochs):
-            details = heads[-1].epoch(epoch / epochs, (epoch + 1) / epochs)
+            details = trained[-1].epoch(epoch / epochs, (epoch + 1) / epochs)
             done = first * epochs + (epoch + 1) * len(seeds)
             yield Step(done=done, total=restarts * epochs, details=details)
-        heads[-1].end()
+        trained[-1].end()
 
-    labels_RS = np.concatenate([group.labels_RS for group in heads])
-    scores = [value for group in heads for value in group.scores]
-    reference = central(labels_RS, scores)
-    projection_RDD = torch.cat([group.projection_RDD.detach() for group in heads])
-    centres_RKD = torch.cat([group.centres_RKD.detach() for group in heads])
-    # The restarts number their clusters each in its own way: take the reference's numbers.
-    centres_RKD = torch.stack(
-        [
-            normalize(centres_KD[matching(labels_RS[reference], labels_S, clusters)], dim=1)
-            for centres_KD, labels_S in zip(centres_RKD, labels_RS, strict=True)
-        ]
-    )
-    assignment = answer(z_ND.to(device), sample_S.to(device), neighbours_SM, projection_RDD, centres_RKD, config=config)
-    x_ND = normalize(z_ND.to(device) @ projection_RDD[reference], dim=1)
+    committee = Committee(trained, z_SD, config=config)
+    neighbours_NM = neighbours_SM
+    if len(z_SD) < len(z_ND):
+        # An image of the sample that finds itself among its neighbours has one vote in some more.
+        found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1])
+        neighbours_NM = torch.from_numpy(found_NM).to(device)
     return Fit(
-        assignment=assignment,
-        x_ND=x_ND.cpu().numpy(),
+        assignment=committee.answer(z_ND, neighbours_NM),
+        x_ND=normalize(z_ND @ committee.projection_RDD[committee.reference], dim=1).cpu().numpy(),
         model={
             "mean": axes.mean_F.numpy(),
             "axes": axes.axes_FD.numpy(),
-            "projection": projection_RDD.cpu().numpy(),
-            "centres": centres_RKD.cpu().numpy(),
+            "projection": committee.projection_RDD.cpu().numpy(),
+            "centres": committee.centres_RKD.cpu().numpy(),
             "boundary_temperature": np.array([config.boundary_temperature], np.float32),
         },
-        scores=scores,
-        restarts_agreement=agreement(list(labels_RS)),
+        scores=[value for heads in trained for value in heads.scores],
+        restarts_agreement=agreement(list(committee.labels_RS)),
     )
 
 
@@ -118,15 +110,21 @@ class Heads:
     """Projections, decision boundaries and memories of some restarts, which are trained side by side."""
 
     def __init__(
-        self, z_SD: Tensor, neighbours_SM: Tensor, *, clusters: int, seeds: list[int], config: HeadConfig
+        self,
+        z_SD: Tensor,
+        neighbours_SM: Tensor,
+        *,
+        clusters: int,
+        seeds: list[int],
+        config: HeadConfig,
     ) -> None:
         self.z_SD, self.neighbours_SM, self.config = z_SD, neighbours_SM, config
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        found = [torch.from_numpy(starts.centres(z_SD.cpu().numpy(), clusters, seed=seed)) for seed in seeds]
-        self.centres_RKD = torch.stack(found).to(z_SD.device).requires_grad_()
+        found = [starts.centres(z_SD.cpu().numpy(), clusters, seed=seed) for seed in seeds]
+        self.centres_RKD = torch.from_numpy(np.stack(found)).to(z_SD.device).requires_grad_()
         self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
         self.refresh()
         self.mean_RK = self.memory_RSK.mean(dim=1)
@@ -246,42 +244,52 @@ def central(labels_RS: np.ndarray, scores: list[float]) -> int:
     return int(np.argmax(np.add(scores, alike)))
 
 
-@torch.no_grad()
-def answer(
-    z_ND: Tensor,
-    sample_S: Tensor,
-    neighbours_SM: Tensor,
-    projection_RDD: Tensor,
-    centres_RKD: Tensor,
-    *,
-    config: HeadConfig,
-) -> Assignment:
-    """The consensus of all restarts: both predictions are the normalised geometric means of theirs."""
-    neighbours_NM = neighbours_SM
-    if len(sample_S) < len(z_ND):
-        # An image of the sample that finds itself among its neighbours has one vote in some more.
-        found_NM = space.search(z_ND[sample_S].cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1])
-        neighbours_NM = torch.from_numpy(found_NM).to(z_ND.device)
-    memory_RSD = normalize(z_ND[sample_S] @ projection_RDD, dim=2)
-    block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * centres_RKD.shape[1])))
-    parts = []
-    for rows_B in blocks(len(z_ND), block):
-        log_p_BK = log_q_BK = torch.zeros(())
-        for memory_SD, projection_DD, centres_KD in zip(memory_RSD, projection_RDD, centres_RKD, strict=True):
-            x_BD = normalize(z_ND[rows_B] @ projection_DD, dim=1)
-            log_q_BK = log_q_BK + log_softmax(boundary(x_BD, centres_KD, config), dim=1)
-            memory_BMD = memory_SD[neighbours_NM[rows_B]]
-            weights_BM = similarity_weights(x_BD, memory_BMD, temperature=config.similarity_temperature)
-            said_BMK = softmax(boundary(memory_BMD, centres_KD, config), dim=2)
-            log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
-        restarts = len(centres_RKD)
-        p_BK, q_BK = softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
-        parts.append(assign(p_BK, q_BK, rule=config.rule))
-    return concatenate(parts)
+class Committee:
+    """All restarts' heads, which answer together in the numbers of the most central of them."""
 
+    def __init__(self, heads: list[Heads], z_SD: Tensor, *, config: HeadConfig) -> None:
+        self.config = config
+        self.labels_RS = np.concatenate([own.labels_RS for own in heads])
+        self.reference = central(self.labels_RS, [value for own in heads for value in own.scores])
+        self.projection_RDD = torch.cat([own.projection_RDD.detach() for own in heads])
+        centres_RKD = torch.cat([own.centres_RKD.detach() for own in heads])
+        clusters = centres_RKD.shape[1]
+        aligned = [
+            normalize(centres_KD[matching(self.labels_RS[self.reference], labels_S, clusters)], dim=1)
+            for centres_KD, labels_S in zip(centres_RKD, self.labels_RS, strict=True)
+        ]
+        self.centres_RKD = torch.stack(aligned)
+        self.memory_RSD = normalize(z_SD @ self.projection_RDD, dim=2)
 
-def boundary(x_BD: Tensor, centres_KD: Tensor, config: HeadConfig) -> Tensor:
-    return boundary_logits(x_BD, centres_KD, temperature=config.boundary_temperature)
+    @torch.no_grad()
+    def answer(self, z_ND: Tensor, neighbours_NM: Tensor) -> Assignment:
+        """The consensus: each prediction is the normalised geometric mean of the heads'.
+
+        Args:
+            z_ND: images in the space of the features.
+            neighbours_NM: of each, in the memory.
+
+        """
+        restarts, clusters = self.centres_RKD.shape[:2]
+        block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * clusters)))
+        parts = []
+        for rows_B in blocks(len(z_ND), block):
+            log_p_BK = log_q_BK = torch.zeros((), device=z_ND.device)
+            for memory_SD, projection_DD, centres_KD in zip(
+                self.memory_RSD, self.projection_RDD, self.centres_RKD, strict=True
+            ):
+                x_BD = normalize(z_ND[rows_B] @ projection_DD, dim=1)
+                log_q_BK = log_q_BK + log_softmax(self.logits(x_BD, centres_KD), dim=1)
+                memory_BMD = memory_SD[neighbours_NM[rows_B]]
+                weights_BM = similarity_weights(x_BD, memory_BMD, temperature=self.config.similarity_temperature)
+                said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
+                log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
+            p_BK, q_BK = softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
+            parts.append(assign(p_BK, q_BK, rule=self.config.rule))
+        return concatenate(parts)
+
+    def logits(self, x_BD: Tensor, centres_KD: Tensor) -> Tensor:
+        return boundary_logits(x_BD, centres_KD, temperature=self.config.boundary_temperature)
 
 
 def blocks(images: int, size: int) -> list[slice]:

@@ -20,17 +20,16 @@ ROUNDS = 100
 
 def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
     """The means of `clusters` groups of unit vectors, float32 of shape (K, D); needs at least K images."""
-    n = len(x_ND)
-    pieces = max(clusters, min(PIECES * clusters, n // IMAGES_PER_PIECE, MOST_PIECES))
+    pieces = max(clusters, min(PIECES * clusters, len(x_ND) // IMAGES_PER_PIECE, MOST_PIECES))
     found = space.k_means(x_ND, pieces, rounds=ROUNDS, seed=seed)
-    size_P = np.bincount(found.labels_, minlength=pieces)
-    used_P = np.flatnonzero(size_P)
+    used_P, piece_N = np.unique(found.labels_, return_inverse=True)
     centre_PD: np.ndarray = found.cluster_centers_.astype(np.float32)
     if pieces == clusters or len(used_P) <= clusters:
         return centre_PD[:clusters]
-    group_P = merge(centre_PD[used_P], size_P[used_P], clusters)
-    weight_KP = (np.eye(clusters)[group_P].T * size_P[used_P]).astype(np.float32)
-    merged_KD: np.ndarray = weight_KP @ centre_PD[used_P] / weight_KP.sum(axis=1, keepdims=True)
+    centre_PD, size_P = centre_PD[used_P], np.bincount(piece_N)
+    group_P = merge(centre_PD, size_P, clusters)
+    weight_KP = (np.eye(clusters)[group_P].T * size_P).astype(np.float32)
+    merged_KD: np.ndarray = weight_KP @ centre_PD / weight_KP.sum(axis=1, keepdims=True)
     return merged_KD
 
 
