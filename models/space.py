@@ -53,7 +53,9 @@ def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> 
         moment_FF += (x_BF - mean_F).T @ (x_BF - mean_F)
     most = max(1, min(dimensions, n - 1, size))
     # In double precision, and only the axes that are kept: torch's eigh gives up on few or equal images.
-    variance_D, axes_FD = eigh(moment_FF.double().numpy() / n, subset_by_index=[size - most, size - 1])
+    # Threads of BLAS wait for each other by spinning: on two busy cores two of them took 12 s, one takes 0.2 s.
+    with threadpool_limits(1, user_api="blas"):
+        variance_D, axes_FD = eigh(moment_FF.double().numpy() / n, subset_by_index=[size - most, size - 1])
     kept = max(1, int((variance_D > variance_D[-1] * 1e-6).sum()))
     main_FD = torch.from_numpy(axes_FD[:, most - kept :].copy()).float().flip(1)  # largest variance first
     scale_D = torch.from_numpy(variance_D[most - kept :].clip(min=1e-12).copy()).float().flip(0).pow(-whitening / 2)
