@@ -37,8 +37,10 @@ messages = Console(stderr=True)
 STAGES = {
     None: "waiting",
     "features": "looking at images",
-    "neighbours": "finding neighbours",
+    "auto": "finding how many groups",
+    "pixels": "decoding images",
     "training": "training",
+    "baseline": "comparing with k-means",
     "representatives": "choosing representatives",
     "done": "done",
 }

@@ -307,7 +307,8 @@ def _store(attempt: _Attempt) -> None:
     report = json.loads((attempt.folder / "result.json").read_text())
     with np.load(attempt.folder / "result.npz") as arrays:
         columns = {name: arrays[name].tolist() for name in arrays.files}
-    _write_levels(attempt, {name: column for name, column in columns.items() if name.startswith("groups_")})
+    levels = {name: columns.pop(name) for name in list(columns) if name.startswith("groups_")}
+    _write_levels(attempt, levels)
     with open_session() as session:
         won = jobs.finish(
             session,

@@ -75,11 +75,17 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
     threads = max(1, cores() // int(os.environ.get("WORLD_SIZE", "1")))
     stop = threading.Event()
-    resumable: dict[str, Any] = {}
     if config.train == "full":
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        resumable = {"checkpoint": Path(specification["checkpoint"]), "stop": stop.is_set}
-    steps = group(config, sources, cache_dir=Path(specification["features"]), truth=names, threads=threads, **resumable)
+    steps = group(
+        config,
+        sources,
+        cache_dir=Path(specification["features"]),
+        truth=names,
+        threads=threads,
+        checkpoint=Path(specification["checkpoint"]),
+        stop=stop.is_set,
+    )
     grouping = _follow(steps, stop)
     if not _LEADS:
         return
@@ -134,17 +140,17 @@ def _save_result(grouping: Grouping, folder: Path) -> None:
         }
         for number, chosen in enumerate(grouping.representatives)
     ]
+    arrays: dict[str, Any] = {
+        "cluster": grouping.labels_N,
+        "rank": _ranks(grouping.labels_N, grouping.typicality_N),
+        "confidence": np.clip(grouping.confidence_N, 0, 1),
+        "runner_up": grouping.runner_up_N,
+        "margin": grouping.margin_N,
+        "consensus": grouping.consensus_N,
+        **grouping.levels,
+    }
     with atomic_write(folder / "result.npz") as file:
-        np.savez(
-            file,
-            cluster=grouping.labels_N,
-            rank=_ranks(grouping.labels_N, grouping.typicality_N),
-            confidence=np.clip(grouping.confidence_N, 0, 1),
-            runner_up=grouping.runner_up_N,
-            margin=grouping.margin_N,
-            consensus=grouping.consensus_N,
-            **getattr(grouping, "levels", {}),  # `groups_3`, `groups_10`: a column for each level of the merge tree
-        )
+        np.savez(file, **arrays)
     with atomic_write(folder / "result.json") as file:
         file.write(json.dumps({"clusters": clusters, "metrics": grouping.metrics}).encode())
 

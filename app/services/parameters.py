@@ -138,6 +138,8 @@ class Parameters(BaseModel):
     def _fit_for_the_training(cls, weights: str | None, so_far: Info) -> str | None:
         if weights == "random" and so_far.data.get("train") == "head":
             raise _wrong("a head needs a pretrained backbone; with random weights, train full")
+        if weights == "random" and so_far.data.get("clusters") == "auto":
+            raise _wrong("how many clusters there are is found on pretrained features; with random weights, say it")
         backbone = so_far.data.get("backbone", PRETRAINED[0])
         if weights is None and backbone not in PRETRAINED:
             raise _wrong(f"backbone {backbone} comes without weights: name a weights file, or random to train in full")

@@ -11,6 +11,8 @@ STATES = {
 }
 STAGES = {
     "features": "Looking at every image",
+    "auto": "Finding the number of clusters",
+    "pixels": "Decoding every image",
     "training": "Learning the clusters",
     "baseline": "Comparing with plain k-means",
     "representatives": "Choosing representative images",

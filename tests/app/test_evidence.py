@@ -40,6 +40,7 @@ WHOLE = METRICS | {
     "auto": AUTO,
     "baseline": BASELINE | METRICS["baseline"],
     "restarts": {"count": 6, "agreement": 0.87},
+    "calibration": {"ece": 0.034, "bins": []},
     "tree": TREE,
 }
 
@@ -72,6 +73,11 @@ def test_the_baseline_stands_beside_the_run_without_true_labels_too(api: TestCli
     assert len(re.findall("<rect", page.partition("Beside plain k-means")[2])) == 4
 
 
+def test_how_far_confidence_can_be_believed_is_told_where_that_is_known(api: TestClient):
+    words = words_of(api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text)
+    assert "differ by 3% on average (ECE 0.034)" in words
+
+
 def test_how_far_restarts_agree_is_said_in_words(api: TestClient):
     run = finished_run(metrics=WHOLE)
     words = words_of(api.get(f"/runs/{run.id}", headers=PAGE).text)
@@ -95,7 +101,9 @@ def test_the_levels_of_the_tree_name_what_merges_and_what_splits(api: TestClient
     assert re.findall(r'href="/runs/[^"]*/clusters/(\d)"', coarser) == ["0", "1"]
 
 
-@pytest.mark.parametrize("missing", ["auto", "baseline", "restarts", "tree", "warnings", "quality", "sizes"])
+@pytest.mark.parametrize(
+    "missing", ["auto", "baseline", "restarts", "tree", "calibration", "warnings", "quality", "sizes"]
+)
 @pytest.mark.parametrize("as_null", [True, False])
 def test_what_a_run_does_not_say_is_not_shown(api: TestClient, missing: str, *, as_null: bool):
     metrics = {name: value for name, value in WHOLE.items() if name != missing} | ({missing: None} if as_null else {})

@@ -14,7 +14,7 @@ from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Image, Run, Upload
 from app.services import collections, results, runs
-from app.services.parameters import Parameters
+from app.services.parameters import TRAIN_OF_METHOD, Parameters
 from models.networks import SlimResNet
 from tests.pictures import picture, zip_of
 from tests.worker.test_ingest import queued
@@ -24,6 +24,7 @@ from worker.supervise import supervise
 
 pytestmark = pytest.mark.usefixtures("database")
 
+HEADS = [method for method, ways in TRAIN_OF_METHOD.items() if "head" in ways]
 TINY = {"image_size": 64, "epochs": 2, "restarts": 2}
 
 
@@ -105,7 +106,7 @@ def test_weights_that_went_away_since_they_were_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["scl", "kmeans"])
+@pytest.mark.parametrize("method", HEADS)
 def test_two_images_are_two_groups(method: str):
     run_id = new_run(collection_of(2), method=method, **TINY)
     run = after(run_id)
@@ -115,7 +116,7 @@ def test_two_images_are_two_groups(method: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["scl", "kmeans"])
+@pytest.mark.parametrize("method", HEADS)
 def test_images_that_are_all_equal(method: str):
     found = problem_of(new_run(copies(6), method=method, **TINY))
     assert found["code"] == "invalid-collection"

@@ -6,7 +6,6 @@ import signal
 import threading
 import uuid
 from contextlib import suppress
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,10 @@ from app import storage
 from app.config import settings
 from app.db.session import open_session
 from app.services import results, runs
-from models.train import group
 from tests.worker.test_supervise import collection_of, in_background, new_run, read, trainers, wait_for
 from worker.supervise import supervise
 
-pytestmark = [
-    pytest.mark.usefixtures("database"),
-    pytest.mark.slow,
-    pytest.mark.skipif("stop" not in signature(group).parameters, reason="`group` trains no backbone yet"),
-]
+pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]
 
 FULL = {
     "method": "simclr", "backbone": "resnet10_slim", "weights": "random", "image_size": 32, "restarts": 2,

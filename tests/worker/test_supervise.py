@@ -117,6 +117,14 @@ def test_a_run_ends_with_labels_for_every_image():
     assert header.split(",") == list(results.LABEL_COLUMNS)
     assert [row.split(",")[1] for row in rows] == [f"kind-{n % 2}/{n}.png" for n in range(20)]
     assert sorted(path.suffix for path in storage.run(run_id).glob("model.*")) == [".json", ".safetensors"]
+    level_header, *level_rows = storage.levels(run_id).read_text().splitlines()
+    assert level_header.split(",")[:2] == ["image_id", "filename"]
+    assert "groups_2" in level_header.split(",")
+    column = level_header.split(",").index("groups_2")
+    # At the level of the clusters the groups are the clusters.
+    assert [(row.split(",")[0], row.split(",")[column]) for row in level_rows] == [
+        (row.split(",")[0], row.split(",")[2]) for row in rows
+    ]
 
 
 def test_a_second_message_does_nothing():
