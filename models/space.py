@@ -121,8 +121,9 @@ def k_means(x_ND: np.ndarray, clusters: int, *, rounds: int, seed: int) -> KMean
     else:
         batch = max(4096, 4 * clusters)
         method = MiniBatchKMeans(clusters, n_init=1, max_iter=rounds, batch_size=batch, random_state=seed)
-    # The threads of scikit-learn add up in the order they finish: a single one gives the same sums each time.
-    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+    # The threads of scikit-learn add up in the order they finish: a single one gives the same sums each time. Those of
+    # BLAS spin while they wait, as above.
+    with threadpool_limits(1), warnings.catch_warnings():
         # Fewer different points than clusters leave clusters empty: the report says so to the user.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return method.fit(x_ND)
