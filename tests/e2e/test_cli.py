@@ -66,6 +66,14 @@ def test_the_same_seed_gives_the_same_labels_twice(service: str, tmp_path: Path)
     assert first == second
 
 
+def test_the_number_of_groups_is_found_where_it_is_left_open(service: str, tmp_path: Path):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(40)))
+    done = kindred(service, "cluster", "photos.zip", "-k", "auto", "--image-size", "64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "labels.csv").read_text().splitlines()))
+    assert f"clusters found: {len({row['cluster'] for row in rows})}; why: {service}/v1/runs/" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "content", "clusters", "words"),
     [

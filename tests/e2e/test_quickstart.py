@@ -41,6 +41,8 @@ def test_the_quickstart_works_as_written(service: str, tmp_path: Path):
     assert [(item["image_id"], item["cluster"]) for item in items] == [
         (row["image_id"], int(row["cluster"])) for row in rows
     ]
+    levels = list(csv.DictReader((tmp_path / "levels.csv").read_text().splitlines()))
+    assert [row["groups_2"] for row in levels] == [row["cluster"] for row in rows]
     # Two kinds of pictures that nobody could confuse.
     kinds = {(Path(row["filename"]).parent.name, row["cluster"]) for row in rows}
     assert len(kinds) == 2

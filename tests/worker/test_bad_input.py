@@ -159,3 +159,15 @@ def test_a_run_from_before_there_were_weights_to_name():
         session.execute(text("UPDATE runs SET parameters = parameters - 'weights'"))
         session.commit()
     assert after(run_id).state == "succeeded"
+
+
+@pytest.mark.slow
+def test_two_images_whose_number_of_groups_is_to_be_found():
+    run = after(new_run(collection_of(2), clusters="auto", **TINY))
+    assert run.state == "succeeded", run.problem
+    assert runs.clusters_of(run) == 2
+
+
+@pytest.mark.slow
+def test_images_that_are_all_equal_have_no_number_of_groups():
+    assert problem_of(new_run(copies(6), clusters="auto", **TINY))["code"] == "invalid-collection"
