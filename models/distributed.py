@@ -45,6 +45,7 @@ def process_group(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=30))
     try:
         yield device
+        dist.barrier()  # none leaves while another still answers
     finally:
         dist.destroy_process_group()
 
