@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,12 +167,17 @@ class _Job:
             seed=self.config.seed,
             device=self.device,
             checkpoint_dir=checkpoint,
+            images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
             stop=stop,
         )
         yield from self.clock.follow("training", training.run())
         features_NF = training.features()
         restarts = cast("int", self.config.restarts)
-        return training.objective.answer(features_NF, seed=self.config.seed, restarts=restarts), features_NF
+        with training.own_random():
+            fit = training.objective.answer(features_NF, seed=self.config.seed, restarts=restarts)
+        # New images can only be assigned by the backbone that was trained.
+        state = {f"backbone.{name}": value.cpu().numpy() for name, value in training.network.state_dict().items()}
+        return replace(fit, model={**fit.model, **state}), features_NF
 
     def features(self) -> Generator[Progress, None, np.ndarray]:
         extraction = extract(

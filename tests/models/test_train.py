@@ -134,6 +134,8 @@ def test_a_backbone_trains_too(sources, tmp_path, method):
     assert sum(found.metrics["sizes"]) == 60
     assert found.metrics["baseline"]["quality"].keys() == {"acc", "nmi", "ari"}
     save_model(found, config, tmp_path / "model")
+    arrays = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert {"centres", "backbone.body.layers.0.weight"} <= set(arrays)
     again = finish(group(config, sources, cache_dir=None))[1]
     assert np.array_equal(again.labels_N, found.labels_N)
 
