@@ -90,7 +90,8 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     thread = in_background(run_id)
     while thread.is_alive():
         thread.join(0.1)
-        assert read(run_id).progress >= progress  # it never begins anew
+        run = read(run_id)
+        assert run.progress >= progress or run.stage != "training"  # it never begins anew
     run = read(run_id)
     assert (run.state, run.attempt, run.lost_attempts) == ("succeeded", 2, 0)
     assert labels(run_id) == labels(undisturbed)
