@@ -31,7 +31,7 @@ from models.scl import (
     similarity_weights,
 )
 
-EPOCHS = 15
+EPOCHS = 8
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
 
@@ -136,42 +136,47 @@ class Heads:
         return boundary_logits(x_RBD, self.centres_RKD, temperature=self.config.boundary_temperature)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """The memory of every image's boundary prediction, and the weights of its neighbours, from the heads."""
+    def refresh(self) -> Tensor:
+        """Remember every image's boundary prediction by the heads as they are; the vectors, of shape (R, S, D)."""
         x_RSD = self.embed(self.z_SD)
         self.memory_RSK = softmax(self.logits(x_RSD), dim=-1)
-        weights = [
-            torch.cat([self.neighbour_weights(x_SD, rows_B) for rows_B in blocks(len(x_SD), space.BLOCK)])
-            for x_SD in x_RSD
-        ]
-        self.weights_RSM = torch.stack(weights)
+        return x_RSD
 
-    def neighbour_weights(self, x_SD: Tensor, rows_B: slice) -> Tensor:
-        around_BM = self.neighbours_SM[rows_B]
-        return similarity_weights(x_SD[rows_B], x_SD[around_BM], temperature=self.config.similarity_temperature)
+    @torch.no_grad()
+    def neighbour_weights(self, x_SD: Tensor, rows_B: Tensor) -> Tensor:
+        """How much the neighbours of these images count, some thousand at a time; shape (B, M)."""
+        parts = [
+            similarity_weights(
+                x_SD[some_B], x_SD[self.neighbours_SM[some_B]], temperature=self.config.similarity_temperature
+            )
+            for some_B in rows_B.tensor_split(max(1, len(rows_B) // space.BLOCK))
+        ]
+        return torch.cat(parts)
 
     def epoch(self, begin: float, end: float) -> dict[str, float]:
         """One pass over a part of the sample; `begin` and `end` are shares of the whole training."""
         n, clusters, config = len(self.z_SD), self.centres_RKD.shape[1], self.config
         drawn = min(n, max(config.epoch_images, 64 * clusters))
-        if begin > 0:
-            self.refresh()  # images that were not drawn must not keep the memory of an older head
-        order_RS = torch.stack([torch.randperm(n, generator=generator)[:drawn] for generator in self.generators])
-        batches = order_RS.tensor_split(max(1, round(drawn / config.batch)), dim=1)
+        x_RSD = self.refresh()  # images that were not drawn must not keep the memory of an older head
+        order = [torch.randperm(n, generator=generator)[:drawn].to(self.z_SD.device) for generator in self.generators]
+        weights = [self.neighbour_weights(x_SD, rows_B) for x_SD, rows_B in zip(x_RSD, order, strict=True)]
+        steps = max(1, round(drawn / config.batch))
+        batches = zip(
+            torch.stack(order).tensor_split(steps, dim=1), torch.stack(weights).tensor_split(steps, dim=1), strict=True
+        )
         sums: dict[str, float] = {}
-        for number, rows_RB in enumerate(batches):
-            through = begin + (end - begin) * number / len(batches)
+        for number, (rows_RB, weights_RBM) in enumerate(batches):
+            through = begin + (end - begin) * number / steps
             self.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
-            for name, value in self.step(rows_RB).items():
-                sums[name] = sums.get(name, 0.0) + value / len(batches)
+            for name, value in self.step(rows_RB, weights_RBM).items():
+                sums[name] = sums.get(name, 0.0) + value / steps
         return sums
 
-    def step(self, rows_RB: Tensor) -> dict[str, float]:
+    def step(self, rows_RB: Tensor, weights_RBM: Tensor) -> dict[str, float]:
         """One optimisation step on these images, each with a random neighbour as its other view."""
         config, pick = self.config, self.neighbours_SM.shape[1]
         b = rows_RB.shape[1]
         drawn_RB = torch.stack([torch.randint(pick, (b,), generator=generator) for generator in self.generators])
-        rows_RB = rows_RB.to(self.z_SD.device)
         around_RBM = self.neighbours_SM[rows_RB]
         views_RB = around_RBM.gather(2, drawn_RB.to(self.z_SD.device).unsqueeze(2)).squeeze(2)
         x_RBD, view_RBD = self.embed(self.z_SD[rows_RB]), self.embed(self.z_SD[views_RB])
@@ -182,7 +187,7 @@ class Heads:
             p_RBK = q_RBK
             if config.consistency:
                 said_RBMK = self.memory_RSK[self.each_R1.unsqueeze(2), around_RBM]
-                p_RBK = similarity_prediction(self.weights_RSM[self.each_R1, rows_RB], said_RBMK)
+                p_RBK = similarity_prediction(weights_RBM, said_RBMK)
             agreed_RB = (p_RBK * q_RBK).sum(dim=2)
             target_RBK = consensus_target(p_RBK, q_RBK, self.mean_RK, power=config.balance)
             trust_RB = agreed_RB if config.trust else torch.ones_like(agreed_RB)
@@ -214,10 +219,11 @@ class Heads:
     @torch.no_grad()
     def end(self) -> None:
         """Each restart's own grouping of the sample and its score; the memory is let go."""
-        self.refresh()
+        x_RSD = self.refresh()
         self.scores: list[float] = []
         labels = []
-        for q_SK, weights_SM in zip(self.memory_RSK, self.weights_RSM, strict=True):
+        for x_SD, q_SK in zip(x_RSD, self.memory_RSK, strict=True):
+            weights_SM = self.neighbour_weights(x_SD, torch.arange(len(x_SD), device=x_SD.device))
             p_SK = torch.cat(
                 [
                     similarity_prediction(weights_SM[rows_B], q_SK[self.neighbours_SM[rows_B]])
@@ -227,7 +233,7 @@ class Heads:
             self.scores.append(float(score(p_SK, q_SK)))
             labels.append((p_SK * q_SK).argmax(dim=1).cpu().numpy())
         self.labels_RS = np.stack(labels)
-        del self.memory_RSK, self.weights_RSM
+        del self.memory_RSK
 
 
 def draw(images: int, most: int, *, seed: int) -> Tensor:

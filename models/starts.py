@@ -15,7 +15,7 @@ from models.fit import seed_of
 PIECES = 5  # a cluster, on average
 IMAGES_PER_PIECE = 8  # at least, on average
 MOST_PIECES = 2048  # every merge looks at all pairs
-ROUNDS = 100
+ROUNDS = 25  # pieces need not have settled
 
 
 def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
