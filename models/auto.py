@@ -77,6 +77,7 @@ class Estimate:
     clusters: int
     interval: tuple[int, int]  # numbers nearly as good: as far as the witnesses differ, less the clearer the eigengap
     votes: dict[str, float]  # of every witness, geometric mean over the samples
+    ballots: dict[str, list[int]]  # of every witness, what it named in each sample
     clarity: float  # 0: all witnesses count alike; 1: the eigengap decides alone
     rejected: list[Rejected]
     sweep: list[Trial]
@@ -135,6 +136,7 @@ def too_few(images: int) -> Estimate:
         clusters=2,
         interval=(2, max(2, images // 2)),
         votes={},
+        ballots={},
         clarity=0.0,
         rejected=[Rejected(clusters=3, why=f"{images} images are too few to tell; below {FEWEST} the answer is 2")],
         sweep=[],
@@ -181,7 +183,8 @@ def hear(x_SD: np.ndarray, *, seed: int) -> Evidence:
 
 def judge(heard: list[Evidence], *, most: int, sample_images: int) -> Estimate:
     """Weigh the votes: from all alike to the eigengap's alone, by how clear it is."""
-    votes = {name: float(np.exp(np.mean([np.log(one.votes[name]) for one in heard]))) for name in heard[0].votes}
+    ballots = {name: [one.votes[name] for one in heard] for name in heard[0].votes}
+    votes = {name: float(np.exp(np.log(ballot).mean())) for name, ballot in ballots.items()}
     clarity = float(np.mean([one.clarity for one in heard]))
     lead, log_votes = np.log(votes["eigengap"]), np.log(list(votes.values()))
 
@@ -198,33 +201,34 @@ def judge(heard: list[Evidence], *, most: int, sample_images: int) -> Estimate:
         clusters=chosen,
         interval=(weigh(log_votes.min()), weigh(log_votes.max())),
         votes=votes,
+        ballots=ballots,
         clarity=clarity,
-        rejected=reject(chosen, votes, clarity, sweep),
+        rejected=reject(chosen, ballots, clarity, sweep),
         sweep=sweep,
         sample_images=sample_images,
         samples=len(heard),
     )
 
 
-def reject(chosen: int, votes: dict[str, float], clarity: float, sweep: list[Trial]) -> list[Rejected]:
-    """The next numbers and those that a witness names, with what speaks against them."""
+def reject(chosen: int, ballots: dict[str, list[int]], clarity: float, sweep: list[Trial]) -> list[Rejected]:
+    """The numbers beside the chosen one, those named most often, and what speaks against them."""
     row = {trial.clusters: trial for trial in sweep}
-    others = ({chosen - 1, chosen + 1} | {round(vote) for vote in votes.values()}) - {chosen}
+    samples = len(ballots["eigengap"])
+    favourites = {max(set(ballot), key=lambda number: (ballot.count(number), -number)) for ballot in ballots.values()}
     rejected = []
-    for clusters in sorted(others & set(row)):
-        named = [name for name, vote in votes.items() if round(vote) == clusters]
-        if not named:
-            against = "no witness names it"
-        elif clarity == 1:
-            against = f"named by {' and '.join(named)}, but the eigengap after {chosen} stands out"
-        else:
-            against = f"named by {' and '.join(named)}; all together say {chosen}"
+    for clusters in sorted(({chosen - 1, chosen + 1} | favourites) - {chosen}):
+        if clusters not in row:
+            continue
+        named = [f"{name} in {ballot.count(clusters)}" for name, ballot in ballots.items() if clusters in ballot]
+        why = f"named by {' and '.join(named)} of {samples} samples" if named else "named by no witness"
+        if clarity == 1 and named:
+            why += f", but the eigengap after {chosen} stands out"
         figures = [
             f"{name} {getattr(row[clusters], name):.3f} against {getattr(row[chosen], name):.3f}"
-            for name in ("eigengap", "height", "reproduced")
+            for name in ballots
             if chosen in row
         ]
-        rejected.append(Rejected(clusters=clusters, why="; ".join([against, ", ".join(figures)])))
+        rejected.append(Rejected(clusters=clusters, why="; ".join([why, ", ".join(figures)])))
     return rejected
 
 

@@ -58,8 +58,20 @@ def test_without_a_clear_gap_the_witnesses_count_alike():
     assert found.clusters == 6
     assert found.interval == (4, 9)
     assert [other.clusters for other in found.rejected] == [4, 5, 7, 9]
-    assert "named by eigengap; all together say 6" in found.rejected[0].why
-    assert "no witness names it; eigengap 0.004 against 0.004, height 0.600 against 0.100" in found.rejected[1].why
+    assert found.rejected[0].why.startswith("named by eigengap in 2 of 2 samples; eigengap 0.012 against 0.004, height")
+    assert found.rejected[1].why == (
+        "named by no witness; eigengap 0.004 against 0.004, height 0.600 against 0.100, reproduced 0.800 against 0.700"
+    )
+
+
+def test_votes_of_samples_are_averaged_as_logarithms():
+    # 2 and 8 make 4; without a high merge or a group found again the others name 2: (4 * 2 * 2)^(1/3) = 2.52.
+    flat = {"height": [0.1] * 12, "reproduced": [0.5] * 12}
+    low, high = ([0.001 + 0.009 * (number == at) for number in range(2, 14)] for at in (2, 8))
+    found = auto.judge([evidence(gap=low, **flat), evidence(gap=high, **flat)], most=100, sample_images=50)
+    assert found.votes["eigengap"] == pytest.approx(4)
+    assert found.clusters == 3
+    assert found.ballots == {"eigengap": [2, 8], "height": [2, 2], "reproduced": [2, 2]}
 
 
 def test_a_clear_gap_decides_alone():
