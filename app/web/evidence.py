@@ -43,7 +43,7 @@ class Sweep:
     clarity: float | None  # 1: the groups lie apart; 0: no number stands out
     curves: list[Curve]
     ticks: list[Tick]
-    rejected: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]  # the nearest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def sweep(metrics: Mapping[str, Any]) -> Sweep | None:
         clarity=found.get("clarity"),
         curves=_curves(tried, found.get("votes") or {}, x),
         ticks=[Tick(clusters=k, x=x(k)) for k in _TICKS if least <= k <= most],
-        rejected=found.get("rejected") or [],
+        rejected=sorted(found.get("rejected") or [], key=lambda other: abs(math.log(other["clusters"] / chosen))),
     )
 
 

@@ -31,7 +31,7 @@ TRAIN = {"head": "Head only", "full": "Whole network"}
 # What speaks for a number of clusters.
 CRITERIA = {
     "eigengap": "How far groups of neighbours lie apart",
-    "modularity": "How many neighbours stay together",
+    "reproduced": "How alike are the groups of two halves",
     "height": "How unlike are groups that would merge",
 }
 OUTCOMES = {"accepted": "Accepted", "duplicate": "Duplicate", "rejected": "Rejected"}

@@ -18,12 +18,12 @@ from tests.app.test_web import HOSTILE, METRICS, PAGE, finished_run
 AUTO = {
     "clusters": 2,
     "interval": [2, 3],
-    "votes": {"eigengap": 2.0, "modularity": 3.3},
+    "votes": {"eigengap": 2.0, "reproduced": 3.3},
     "clarity": 0.5,
     "sweep": [
-        {"clusters": 2, "eigengap": 0.75, "modularity": 0.1},
-        {"clusters": 4, "eigengap": 0.25, "modularity": 0.3},
-        {"clusters": 8, "eigengap": 0.5, "modularity": 0.2},
+        {"clusters": 2, "eigengap": 0.75, "reproduced": 0.1},
+        {"clusters": 4, "eigengap": 0.25, "reproduced": 0.3},
+        {"clusters": 8, "eigengap": 0.5, "reproduced": 0.2},
     ],
     "rejected": [{"clusters": 3, "why": HOSTILE}, {"clusters": 4, "why": "its gap is 0.25"}],
 }
@@ -55,7 +55,7 @@ def test_the_chosen_number_is_shown_with_what_was_tried_and_rejected(api: TestCl
     page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
     words = words_of(page)
     assert "Why 2 clusters" in words
-    assert "How many neighbours stay together: 3" in words
+    assert "How alike are the groups of two halves: 3" in words
     assert "The groups lie apart, but not all of them. 2 to 3 clusters fit nearly as well." in words
     assert "Not 4: its gap is 0.25" in words
     assert "Not 3: &lt;script&gt;" in words
@@ -154,6 +154,10 @@ def test_a_sweep_is_drawn_over_the_logarithm_of_the_clusters_and_each_criterion_
 def test_a_number_without_a_sweep_draws_nothing():
     found = evidence.sweep({"auto": {"clusters": 5}})
     assert found is not None
+    others = [{"clusters": k} for k in (20, 6, 2)]
+    nearest = evidence.sweep({"auto": {"clusters": 5, "rejected": others}})
+    assert nearest is not None
+    assert [other["clusters"] for other in nearest.rejected] == [6, 2, 20]
     assert (found.clusters, found.curves, found.band, found.rejected) == (5, [], None, [])
 
 
