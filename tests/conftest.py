@@ -24,7 +24,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUrls]:
         yield urls
 
 
-def _forget_settings() -> None:
+def forget_settings() -> None:
     if db_session.engine.cache_info().currsize:
         db_session.engine().dispose()
     for cached in (settings, db_session.engine, db_session._factory, queue._celery):
@@ -39,15 +39,19 @@ def configured(servers: ServerUrls, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("KINDRED_DATABASE_URL", servers.database_url)
     monkeypatch.setenv("KINDRED_BROKER_URL", servers.broker_url)
     monkeypatch.setenv("KINDRED_DATA_DIR", str(tmp_path / "data"))
-    _forget_settings()
+    forget_settings()
     yield
-    _forget_settings()
+    forget_settings()
 
 
 @pytest.fixture
 def database(configured: None) -> Iterator[None]:
     """An empty database under the newest schema."""
     yield
+    empty_database()
+
+
+def empty_database() -> None:
     tables = ", ".join(table.name for table in Table.metadata.sorted_tables)
     with db_session.open_session() as session:
         session.execute(text(f"TRUNCATE {tables} CASCADE"))
