@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -34,10 +34,32 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(default=8000, description="Port of the API.")
+    require_keys: bool = Field(
+        default=False,
+        description="Whether requests need a key even before the first one is made; after that they always do.",
+    )
+    session_s: Annotated[float, Field(gt=0)] = Field(
+        default=12 * 3600.0, description="How long a sign-in on the dashboard lasts, in seconds."
+    )
+    requests_per_minute: Annotated[int, Field(ge=0)] = Field(
+        default=6000, description="Requests of a tenant that one API process answers in a minute; 0: as many as come."
+    )
+    max_queued_runs: Annotated[int, Field(ge=1)] = Field(
+        default=100, description="Most runs that a tenant may have waiting."
+    )
+    max_stored_bytes: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Most bytes of images that a tenant may keep. Unset: as many as the disk holds."
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="Key that `kindred cluster` and `kindred demo` send to the service."
+    )
     server: str | None = Field(
         default=None, description="URL of a running service for `kindred cluster` to use instead of its own."
     )
 
+    max_body_bytes: Annotated[int, Field(gt=0)] = Field(
+        default=MIB, description="Largest request body of a call that is no upload, in bytes."
+    )
     max_upload_bytes: Annotated[int, Field(gt=0)] = Field(
         default=20 * 1024 * MIB, description="Largest request body of an upload, in bytes."
     )
@@ -76,6 +98,10 @@ class Settings(BaseSettings):
     )
     sweep_s: Annotated[float, Field(gt=0)] = Field(
         default=15.0, description="How often workers look for lost work, in seconds."
+    )
+    checkpoint_s: Annotated[float, Field(gt=0)] = Field(
+        default=30.0,
+        description="How often a full training saves its state, in seconds: what a killed one has to do again.",
     )
     max_attempts: Annotated[int, Field(ge=1)] = Field(
         default=3, description="Attempts after which lost work has failed (`worker_lost`)."

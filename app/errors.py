@@ -34,6 +34,21 @@ class TooLarge(KindredError):
     pass
 
 
+class Unauthenticated(KindredError):
+    """Nobody knows whose request this is."""
+
+
+class Forbidden(KindredError):
+    """It is known whose request this is, and it may not do that."""
+
+
+@dataclass
+class TooMany(KindredError):
+    """A limit that time lifts again: after `retry_after_s` seconds, as far as can be told."""
+
+    retry_after_s: int = 1
+
+
 class StorageFull(KindredError):
     pass
 

@@ -11,7 +11,7 @@ from app import queue
 from app.config import settings
 from app.db import session as db_session
 from app.db.migrate import upgrade
-from app.db.tables import Table
+from app.db.tables import DEFAULT_TENANT, Table, Tenant
 from app.embedded import ServerUrls, running_servers
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -55,6 +55,7 @@ def empty_database() -> None:
     tables = ", ".join(table.name for table in Table.metadata.sorted_tables)
     with db_session.open_session() as session:
         session.execute(text(f"TRUNCATE {tables} CASCADE"))
+        session.add(Tenant(id=DEFAULT_TENANT, name="default"))
         session.commit()
 
 

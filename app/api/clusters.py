@@ -3,13 +3,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
+from app.access import GuardedRoute
 from app.api.deps import Cursor, DatabaseSession, Limit
 from app.api.problems import responses
 from app.api.replay import not_modified
 from app.api.schemas import ClusterOut, MemberOut, PageOf, ReportOut
 from app.services import results, runs
 
-router = APIRouter(prefix="/v1/runs/{run_id}", tags=["clusters"])
+router = APIRouter(prefix="/v1/runs/{run_id}", tags=["clusters"], route_class=GuardedRoute)
 
 ClusterNumber = Annotated[int, Path(ge=0, le=4095, description="0 is the largest cluster.")]
 _RESULT: dict[int | str, dict[str, Any]] = {

@@ -3,16 +3,17 @@ import uuid
 from fastapi import APIRouter, Response
 
 from app import storage
+from app.access import GuardedRoute
 from app.api.deps import Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
 from app.api.problems import responses
 from app.api.replay import digest
 from app.api.schemas import CollectionOut, ImageOut, NewCollection, PageOf
 from app.services import collections, idempotency, images
 
-router = APIRouter(prefix="/v1/collections", tags=["collections"])
+router = APIRouter(prefix="/v1/collections", tags=["collections"], route_class=GuardedRoute)
 
 
-@router.post("", status_code=201, responses=responses(409, 422))
+@router.post("", status_code=201, responses=responses(400, 409, 413, 422))
 def create_collection(
     new: NewCollection, response: Response, session: DatabaseSession, key: IdempotencyKeyHeader = None
 ) -> CollectionOut:

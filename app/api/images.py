@@ -5,11 +5,12 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
 from app import storage
+from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
 from app.services import images
 
-router = APIRouter(prefix="/v1/images", tags=["images"])
+router = APIRouter(prefix="/v1/images", tags=["images"], route_class=GuardedRoute)
 
 _IMMUTABLE = "private, max-age=31536000, immutable"
 

@@ -5,6 +5,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from app import storage
+from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
 from app.api.replay import not_modified
@@ -12,7 +13,7 @@ from app.api.streams import csv_answer, streamed
 from app.errors import NotFound
 from app.services import results, runs
 
-router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"])
+router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"], route_class=GuardedRoute)
 
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has this version."}}
 
@@ -26,6 +27,7 @@ def get_labels_csv(run_id: uuid.UUID, request: Request, response: Response, sess
     """Every image's label, a row each."""
     runs.get_succeeded(session, run_id)
     return not_modified(request, response, f"{run_id}-csv") or csv_answer(
+        session,
         lambda own: results.labels_csv(own, run_id),
         f"labels-{run_id}.csv",
         {"ETag": response.headers["etag"]},
@@ -41,6 +43,7 @@ def get_labels_json(run_id: uuid.UUID, request: Request, response: Response, ses
     """Every image's label, an object each."""
     runs.get_succeeded(session, run_id)
     return not_modified(request, response, f"{run_id}-json") or streamed(
+        session,
         lambda own: results.labels_json(own, run_id),
         "application/json",
         f"labels-{run_id}.json",

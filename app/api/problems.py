@@ -9,26 +9,43 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
-from app.errors import Conflict, Invalid, KindredError, NotFound, StorageFull, TooLarge
+from app.errors import (
+    Conflict,
+    Forbidden,
+    Invalid,
+    KindredError,
+    NotFound,
+    StorageFull,
+    TooLarge,
+    TooMany,
+    Unauthenticated,
+)
 
 log = structlog.get_logger(__name__)
 
 STATUS_BY_ERROR: dict[type[KindredError], int] = {
+    Unauthenticated: 401,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
     Invalid: 422,
+    TooMany: 429,
     StorageFull: 507,
 }
 TITLES = {
     400: "Bad request",
+    401: "Key needed",
+    403: "Forbidden",
     404: "Not found",
     405: "Method not allowed",
     409: "Conflict",
     413: "Too large",
     415: "Unsupported media type",
     422: "Invalid input",
+    429: "Too many",
     500: "Internal error",
     503: "Not available",
     507: "Storage full",
@@ -54,11 +71,11 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The problem answers of a route, for OpenAPI; every route may answer 503."""
+def responses(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
+    """The problem answers of a route, for OpenAPI; every route may answer 503, and every guarded one ask for a key."""
     return {
         status: {"description": TITLES[status], "content": {MEDIA_TYPE: {"schema": SCHEMA}}}
-        for status in (*statuses, 503)
+        for status in sorted({*statuses, 503, *((401, 403, 429) if guarded else ())})
     }
 
 
@@ -98,7 +115,12 @@ def _domain(_request: Request, error: Exception) -> JSONResponse:
 
 def from_error(error: KindredError) -> JSONResponse:
     errors = [{"field": field, "message": message} for field, message in error.fields.items()]
-    return problem(STATUS_BY_ERROR[type(error)], error.code, error.detail, errors=errors)
+    headers = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = 'Bearer realm="kindred"'
+    if isinstance(error, TooMany):
+        headers["Retry-After"] = str(error.retry_after_s)
+    return problem(STATUS_BY_ERROR[type(error)], error.code, error.detail, errors=errors, headers=headers)
 
 
 def _validation(_request: Request, error: Exception) -> JSONResponse:
@@ -119,11 +141,25 @@ def invalid_input(found: list[dict[str, Any]]) -> JSONResponse:
 def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
     status = error.status_code
-    code = {404: "no-such-page", 405: "method-not-allowed"}.get(status, "bad-request")
+    code = {404: "no-such-page", 405: "method-not-allowed", 413: "body-too-large"}.get(status, "bad-request")
     detail = str(error.detail)
     if status == 404:
         detail = f"There is nothing at {request.url.path}."
-    return problem(status, code, detail, headers=dict(error.headers or {}))
+    if status == 400:  # FastAPI's own, when a body's bytes, digits or depth are beyond its parser
+        code, detail = "unreadable-body", "The request's body is not JSON that can be read."
+    headers = dict(error.headers or {})
+    if status == 405:
+        headers["Allow"] = ", ".join(_methods(request))
+    return problem(status, code, detail, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What a path answers to; Starlette names only the methods of the first route that has it (RFC 9110, 10.2.1)."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found)
 
 
 def _database_away(_request: Request, error: Exception) -> JSONResponse:

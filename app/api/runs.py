@@ -7,22 +7,23 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app import queue
+from app.access import GuardedRoute
 from app.api.deps import Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
 from app.api.problems import responses
 from app.api.replay import digest
 from app.api.schemas import PageOf, RunOut
-from app.db.session import open_session
+from app.db.session import tenant_of, tenant_session
 from app.db.tables import TERMINAL_STATES
 from app.services import idempotency, runs
 from app.services.parameters import Parameters
 
-router = APIRouter(prefix="/v1", tags=["runs"])
+router = APIRouter(prefix="/v1", tags=["runs"], route_class=GuardedRoute)
 
 _POLL_S = 0.5
 _KEEP_ALIVE_POLLS = 30
 
 
-@router.post("/collections/{collection_id}/runs", status_code=202, responses=responses(404, 409, 422))
+@router.post("/collections/{collection_id}/runs", status_code=202, responses=responses(400, 404, 409, 413, 422))
 def create_run(
     collection_id: uuid.UUID,
     parameters: Parameters,
@@ -88,15 +89,15 @@ def stream_events(run_id: uuid.UUID, request: Request, session: DatabaseSession)
     """Server-sent events: `progress` with the run whenever it changes, `end` with the finished run."""
     runs.get(session, run_id)
     return StreamingResponse(
-        _events(run_id, request),
+        _events(run_id, tenant_of(session), request),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _events(run_id: uuid.UUID, request: Request) -> AsyncIterator[str]:
+async def _events(run_id: uuid.UUID, tenant_id: uuid.UUID, request: Request) -> AsyncIterator[str]:
     def read() -> RunOut:
-        with open_session() as session:
+        with tenant_session(tenant_id) as session:
             return RunOut.of(runs.get(session, run_id))
 
     last, quiet = "", 0

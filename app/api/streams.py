@@ -5,27 +5,31 @@ from collections.abc import Callable, Iterator
 from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
-from app.db.session import open_session
+from app.db.session import tenant_of, tenant_session
 
 
 def csv_answer(
+    session: Session,
     rows: Callable[[Session], Iterator[str] | Iterator[bytes]],
     filename: str,
     headers: dict[str, str] | None = None,
 ) -> StreamingResponse:
-    return streamed(rows, "text/csv; charset=utf-8", filename, headers)
+    return streamed(session, rows, "text/csv; charset=utf-8", filename, headers)
 
 
 def streamed(
+    session: Session,
     rows: Callable[[Session], Iterator[str] | Iterator[bytes]],
     media_type: str,
     filename: str,
     headers: dict[str, str] | None = None,
 ) -> StreamingResponse:
+    tenant_id = tenant_of(session)
+
     def body() -> Iterator[str | bytes]:
         # A session of its own: the route's is closed before the last byte is sent.
-        with open_session() as session:
-            yield from rows(session)
+        with tenant_session(tenant_id) as own:
+            yield from rows(own)
 
     disposition = {"Content-Disposition": f'attachment; filename="{filename}"'}
     return StreamingResponse(body(), media_type=media_type, headers={**disposition, **(headers or {})})

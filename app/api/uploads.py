@@ -10,19 +10,20 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import queue
-from app.api.deps import Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
+from app.access import Caller, GuardedRoute
+from app.api.deps import CallerOf, Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
 from app.api.problems import responses
 from app.api.receive import Received, receive
 from app.api.replay import stream_digest
 from app.api.schemas import LedgerRow, NewCollection, PageOf, RunOut, UploadOut
 from app.api.streams import csv_answer
-from app.db.session import open_session
+from app.db.session import tenant_session
 from app.db.tables import IdempotencyKey
 from app.errors import Invalid
 from app.services import collections, idempotency, runs, uploads
 from app.services.parameters import Parameters
 
-router = APIRouter(prefix="/v1", tags=["uploads"])
+router = APIRouter(prefix="/v1", tags=["uploads"], route_class=GuardedRoute)
 
 _FILE: dict[str, Any] = {
     "type": "array",
@@ -56,7 +57,9 @@ _ONE_SHOT_FORM = _multipart(
     openapi_extra=_multipart({"file": _FILE}, ["file"]),
     responses=responses(404, 409, 413, 422, 507),
 )
-async def create_upload(collection_id: uuid.UUID, request: Request, key: IdempotencyKeyHeader = None) -> JSONResponse:
+async def create_upload(
+    collection_id: uuid.UUID, request: Request, caller: CallerOf, key: IdempotencyKeyHeader = None
+) -> JSONResponse:
     """Add images to a collection. The answer comes once everything is received; poll `Location`."""
 
     def check(session: Session) -> None:
@@ -72,7 +75,7 @@ async def create_upload(collection_id: uuid.UUID, request: Request, key: Idempot
             )
         return UploadOut.of(uploads.create(session, received.upload_id, collection_id, received.parts))
 
-    return await _receive_and_store(request, key, check, create)
+    return await _receive_and_store(request, caller, key, check, create)
 
 
 @router.post(
@@ -83,7 +86,7 @@ async def create_upload(collection_id: uuid.UUID, request: Request, key: Idempot
     tags=["runs"],
     responses=responses(409, 413, 422, 507),
 )
-async def cluster(request: Request, key: IdempotencyKeyHeader = None) -> JSONResponse:
+async def cluster(request: Request, caller: CallerOf, key: IdempotencyKeyHeader = None) -> JSONResponse:
     """The one-shot: images in, a collection, an upload and a run out. Poll `Location`."""
 
     def check(_session: Session) -> None:
@@ -102,11 +105,12 @@ async def cluster(request: Request, key: IdempotencyKeyHeader = None) -> JSONRes
         uploads.create(session, received.upload_id, collection.id, received.parts)
         return RunOut.of(runs.create(session, collection.id, parameters, after_upload=received.upload_id))
 
-    return await _receive_and_store(request, key, check, create)
+    return await _receive_and_store(request, caller, key, check, create)
 
 
 async def _receive_and_store(
     request: Request,
+    caller: Caller,
     key: str | None,
     check: Callable[[Session], None],
     create: Callable[[Session, Received], UploadOut | RunOut],
@@ -114,7 +118,7 @@ async def _receive_and_store(
     request_digest = stream_digest(request)
 
     def recall() -> IdempotencyKey | None:
-        with open_session() as session:
+        with tenant_session(caller.tenant_id) as session:
             check(session)
             return idempotency.recall(session, key, request_digest)
 
@@ -124,7 +128,7 @@ async def _receive_and_store(
     received = await receive(request)
 
     def store() -> JSONResponse:
-        with open_session() as session:
+        with tenant_session(caller.tenant_id) as session:
             try:
                 answer = create(session, received)
                 body, location = answer.model_dump(mode="json"), answer.links["self"]
@@ -174,4 +178,4 @@ def list_upload_files(
 def get_upload_files_csv(upload_id: uuid.UUID, session: DatabaseSession) -> StreamingResponse:
     """The whole ledger, streamed."""
     uploads.get(session, upload_id)
-    return csv_answer(lambda own: uploads.ledger_csv(own, upload_id), f"ledger-{upload_id}.csv")
+    return csv_answer(session, lambda own: uploads.ledger_csv(own, upload_id), f"ledger-{upload_id}.csv")

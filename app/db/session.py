@@ -1,11 +1,17 @@
 """One engine a process; whoever opens a session commits it."""
 
+import uuid
 from functools import lru_cache
 
-from sqlalchemy import Engine, create_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from app.config import settings
+
+# Owns no table, and row-level security applies to it; migration 0002 makes it.
+API_ROLE = "kindred_api"
+_TENANT = "kindred_tenant"
+_BEGIN = text("SELECT set_config('role', :role, true), set_config('kindred.tenant', :tenant, true)")
 
 
 @lru_cache(maxsize=1)
@@ -29,5 +35,28 @@ def _factory() -> sessionmaker[Session]:
 
 
 def open_session() -> Session:
-    """A session to be used as a context manager; leaving it without a commit rolls back."""
+    """A session to be used as a context manager; leaving it without a commit rolls back.
+
+    It sees everything, so it is for workers and for whoever runs the service. A request gets `tenant_session`.
+    """
     return _factory()()
+
+
+def tenant_session(tenant_id: uuid.UUID | None) -> Session:
+    """The same under the role of the API: it sees one tenant's rows, or with None nobody's."""
+    session = _factory()(info={_TENANT: tenant_id})
+    event.listen(session, "after_begin", _become_tenant)
+    return session
+
+
+def tenant_of(session: Session) -> uuid.UUID:
+    """Whose rows a session sees. Raises for one that sees everything, or nothing."""
+    found = session.info[_TENANT]
+    if not isinstance(found, uuid.UUID):
+        raise TypeError("this session belongs to no tenant")
+    return found
+
+
+def _become_tenant(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    # For the transaction only: a connection goes back to the pool as it came.
+    connection.execute(_BEGIN, {"role": API_ROLE, "tenant": str(session.info[_TENANT] or "")})

@@ -25,6 +25,13 @@ STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 TERMINAL_STATES = ("succeeded", "failed", "cancelled")
 OUTCOMES = ("accepted", "duplicate", "rejected")
 
+SCOPES = ("read", "write", "admin")
+# Whose everything is that was made before there were tenants, or without a key.
+DEFAULT_TENANT = uuid.UUID(int=1)
+
+# The API tells each transaction whose it is; what else writes, writes for the default tenant.
+_THIS_TENANT = text(f"coalesce(nullif(current_setting('kindred.tenant', true), ''), '{DEFAULT_TENANT}')::uuid")
+
 _STATE_RULE = "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')"
 
 
@@ -46,14 +53,71 @@ class Table(DeclarativeBase):
     }
 
 
+class Tenant(Table):
+    """Who shares nothing with anybody else. What a tenant has hangs on its collections, by foreign keys.
+
+    Row-level security keeps them apart: see `migrations/versions/0002_keys_and_tenants.py`.
+    """
+
+    __tablename__ = "tenants"
+    __table_args__ = (CheckConstraint("length(name) BETWEEN 1 AND 100", name="name_length"),)
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ApiKey(Table):
+    """A key: what finds it and what proves it, but not the key itself."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (
+        CheckConstraint("length(name) BETWEEN 1 AND 100", name="name_length"),
+        CheckConstraint("length(sha256) = 64", name="sha256"),
+        CheckConstraint("scope IN ('read', 'write', 'admin')", name="scope"),
+        Index("ix_api_keys_tenant_id_created_at", "tenant_id", "created_at"),
+    )
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), server_default=_THIS_TENANT
+    )
+    name: Mapped[str]
+    prefix: Mapped[str] = mapped_column(unique=True)
+    sha256: Mapped[str]
+    scope: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class WebSession(Table):
+    """A browser that signed in with a key; its cookie holds a random value, and the row that value's SHA-256."""
+
+    __tablename__ = "web_sessions"
+    __table_args__ = (CheckConstraint("length(sha256) = 64", name="sha256"), Index("ix_web_sessions_key_id", "key_id"))
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), server_default=_THIS_TENANT
+    )
+    key_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+
+
 class Collection(Table):
     __tablename__ = "collections"
     __table_args__ = (
         CheckConstraint("length(name) BETWEEN 1 AND 200", name="name_length"),
-        Index("ix_collections_created_at_id", "created_at", "id"),
+        Index("ix_collections_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), server_default=_THIS_TENANT
+    )
     name: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
@@ -239,6 +303,9 @@ class IdempotencyKey(Table):
 
     __tablename__ = "idempotency_keys"
 
+    tenant_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("tenants.id", ondelete="CASCADE"), primary_key=True, server_default=_THIS_TENANT
+    )
     key: Mapped[str] = mapped_column(primary_key=True)
     request_digest: Mapped[str]
     status: Mapped[int]

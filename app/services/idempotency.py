@@ -10,6 +10,7 @@ from sqlalchemy import delete, func
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app.db.session import tenant_of
 from app.db.tables import IdempotencyKey
 from app.errors import Conflict, Invalid
 
@@ -28,7 +29,7 @@ def recall(session: Session, key: str | None, request_digest: str) -> Idempotenc
             fields={"Idempotency-Key": f"1 to {MAX_LENGTH} printable characters"},
         )
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEEP))
-    found = session.get(IdempotencyKey, key)
+    found = session.get(IdempotencyKey, (tenant_of(session), key))
     if found is not None and found.request_digest != request_digest:
         raise _reused(key)
     return found

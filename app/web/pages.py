@@ -4,19 +4,20 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI, Path, Query
+from fastapi import APIRouter, Depends, FastAPI, Path, Query
 from fastapi.responses import HTMLResponse
 from sqlalchemy.orm import Session
 
-from app.db.session import open_session
+from app.access import Caller, GuardedRoute, caller_of
+from app.db.session import tenant_session
 from app.db.tables import Run, Upload
 from app.errors import NotFound
 from app.services import collections, images, results, runs, uploads
 from app.services.pages import encode
-from app.web import evidence, problem_pages, render
+from app.web import evidence, problem_pages, render, sign_in
 from app.web.guard import CrossSiteGuard
 
-router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
+router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse, route_class=GuardedRoute)
 
 COLLECTIONS_A_PAGE = 20
 CLUSTERS_A_PAGE = 60
@@ -25,6 +26,7 @@ LEDGER_A_PAGE = 200
 _PREVIEWS = 5
 _LATEST_RUNS = 4
 
+CallerOf = Annotated[Caller, Depends(caller_of)]
 Cursor = Annotated[str | None, Query(max_length=500)]
 PageNumber = Annotated[int, Query(ge=1, le=1_000_000)]
 
@@ -32,6 +34,7 @@ PageNumber = Annotated[int, Query(ge=1, le=1_000_000)]
 def install(app: FastAPI) -> None:
     """Mount the pages and their static files. After the API, whose exception handlers it wraps."""
     app.include_router(router)
+    app.include_router(sign_in.router)
     app.mount("/static", render.Static(directory=render.HERE / "static"), name="static")
     app.add_middleware(CrossSiteGuard)
     problem_pages.install(app)
@@ -73,13 +76,14 @@ class Pager:
 
 
 @router.get("/")
-def home(after: Cursor = None) -> HTMLResponse:
-    with open_session() as session:
+def home(caller: CallerOf, after: Cursor = None) -> HTMLResponse:
+    with tenant_session(caller.tenant_id) as session:
         page = collections.list_page(session, COLLECTIONS_A_PAGE, after)
         ids = [view.id for view in page.items]
         latest = runs.latest(session, ids, each=_LATEST_RUNS)
         return render.page(
             "home.html",
+            caller=caller,
             collections=page.items,
             next=page.next,
             first_page=after is None,
@@ -89,12 +93,13 @@ def home(after: Cursor = None) -> HTMLResponse:
 
 
 @router.get("/collections/{collection_id:uuid}")
-def collection(collection_id: uuid.UUID, after: Cursor = None) -> HTMLResponse:
-    with open_session() as session:
+def collection(caller: CallerOf, collection_id: uuid.UUID, after: Cursor = None) -> HTMLResponse:
+    with tenant_session(caller.tenant_id) as session:
         view = collections.get(session, collection_id)
         page = runs.list_page(session, collection_id, 50, after)
         return render.page(
             "collection.html",
+            caller=caller,
             collection=view,
             runs=[_view(session, row) for row in page.items],
             next=page.next,
@@ -105,15 +110,17 @@ def collection(collection_id: uuid.UUID, after: Cursor = None) -> HTMLResponse:
 
 @router.get("/uploads/{upload_id:uuid}")
 def upload_ledger(
+    caller: CallerOf,
     upload_id: uuid.UUID,
     outcome: Literal["accepted", "duplicate", "rejected"] | None = None,
     after: Cursor = None,
 ) -> HTMLResponse:
-    with open_session() as session:
+    with tenant_session(caller.tenant_id) as session:
         upload = uploads.get(session, upload_id)
         page = uploads.ledger_page(session, upload_id, LEDGER_A_PAGE, after, outcome)
         return render.page(
             "ledger.html",
+            caller=caller,
             upload=upload,
             collection=collections.get(session, upload.collection_id),
             outcome=outcome,
@@ -124,12 +131,12 @@ def upload_ledger(
 
 
 @router.get("/runs/{run_id:uuid}")
-def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
-    with open_session() as session:
+def run(caller: CallerOf, run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
+    with tenant_session(caller.tenant_id) as session:
         view = _view(session, runs.get(session, run_id))
         context: dict[str, Any] = {"run": view, "collection": collections.get(session, view.row.collection_id)}
         if view.row.state != "succeeded":
-            return render.page("run.html", **context)
+            return render.page("run.html", caller=caller, **context)
         sizes = results.sizes(session, run_id)
         pager = Pager.of(page, len(sizes), CLUSTERS_A_PAGE)
         found = results.clusters(session, run_id, CLUSTERS_A_PAGE, pager.cursor(CLUSTERS_A_PAGE))
@@ -138,6 +145,7 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
         named = {number for level in levels for group in (*level.merged, level.parts) for number in group}
         return render.page(
             "result.html",
+            caller=caller,
             **context,
             clusters=found.items,
             sizes=sizes,
@@ -153,8 +161,10 @@ def run(run_id: uuid.UUID, page: PageNumber = 1) -> HTMLResponse:
 
 
 @router.get("/runs/{run_id:uuid}/clusters/{number}")
-def cluster(run_id: uuid.UUID, number: Annotated[int, Path(ge=0, le=4095)], page: PageNumber = 1) -> HTMLResponse:
-    with open_session() as session:
+def cluster(
+    caller: CallerOf, run_id: uuid.UUID, number: Annotated[int, Path(ge=0, le=4095)], page: PageNumber = 1
+) -> HTMLResponse:
+    with tenant_session(caller.tenant_id) as session:
         row = runs.get_succeeded(session, run_id)
         view = results.cluster(session, run_id, number)
         pager = Pager.of(page, view.size, MEMBERS_A_PAGE)
@@ -162,6 +172,7 @@ def cluster(run_id: uuid.UUID, number: Annotated[int, Path(ge=0, le=4095)], page
         doubted = {member.runner_up for member in found.items if not member.consensus}
         return render.page(
             "cluster.html",
+            caller=caller,
             run=row,
             collection=collections.get(session, row.collection_id),
             cluster=view,

@@ -8,10 +8,18 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from app.web import render
+from app.web import render, sign_in
 
 _OTHER_ROOMS = ("/v1/", "/healthz", "/readyz", "/openapi.json", "/static/")
-_HEADLINES = {404: "There is nothing here", 409: "Not yet", 422: "That address makes no sense", 503: "Back in a moment"}
+_HEADLINES = {
+    401: "Sign in first",
+    403: "Not with this key",
+    429: "Too fast",
+    404: "There is nothing here",
+    409: "Not yet",
+    422: "That address makes no sense",
+    503: "Back in a moment",
+}
 
 
 def install(app: FastAPI) -> None:
@@ -30,8 +38,17 @@ def _page_or(handler: Callable[[Any, Any], Any]) -> Callable[[Request, Exception
         problem = json.loads(response.body)
         kept = {name: value for name, value in response.headers.items() if name in ("retry-after", "allow")}
         status = response.status_code
+        if status == 401 and request.method == "GET":
+            return sign_in.ask(request)
         headline = _HEADLINES.get(status, "Something went wrong")
-        return render.page("problem.html", status=status, headers=kept, headline=headline, detail=problem["detail"])
+        return render.page(
+            "problem.html",
+            status=status,
+            headers=kept,
+            headline=headline,
+            detail=problem["detail"],
+            caller=getattr(request.state, "caller", None),
+        )
 
     return answer
 

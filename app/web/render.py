@@ -9,6 +9,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from app import storage
+from app.access import Caller
 from app.services import parameters, runs
 from app.web import wording
 
@@ -56,8 +57,17 @@ def _environment() -> Environment:
 _TEMPLATES = _environment()
 
 
-def page(template: str, /, *, status: int = 200, headers: dict[str, str] | None = None, **context: Any) -> HTMLResponse:
-    body = _TEMPLATES.get_template(template).render(context)
+def page(
+    template: str,
+    /,
+    *,
+    caller: Caller | None,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    **context: Any,
+) -> HTMLResponse:
+    """`caller`: who looks at it, where that is known."""
+    body = _TEMPLATES.get_template(template).render(caller=caller, **context)
     return HTMLResponse(body, status_code=status, headers={**(headers or {}), **_HEADERS})
 
 

@@ -295,7 +295,7 @@ def test_what_breaks_here_is_a_page_without_its_secrets(
         raise error
 
     monkeypatch.setattr(collections, "list_page", broken)
-    answer = TestClient(create_app(), raise_server_exceptions=False).get("/", headers=PAGE)
+    answer = TestClient(create_app(), base_url="http://localhost", raise_server_exceptions=False).get("/", headers=PAGE)
     assert answer.status_code == status
     assert answer.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in answer.headers["content-security-policy"]
@@ -334,14 +334,14 @@ def test_pages_are_no_part_of_the_api_description(api: TestClient):
     ("headers", "status"),
     [
         ({}, 201),
-        ({"sec-fetch-site": "same-origin", "origin": "http://testserver"}, 201),
+        ({"sec-fetch-site": "same-origin", "origin": "http://localhost"}, 201),
         ({"sec-fetch-site": "none"}, 201),
         ({"sec-fetch-site": "cross-site"}, 403),
-        ({"sec-fetch-site": "same-site", "origin": "http://testserver:3000"}, 403),
+        ({"sec-fetch-site": "same-site", "origin": "http://localhost:3000"}, 403),
         ({"sec-fetch-site": ""}, 403),
-        ({"origin": "http://testserver"}, 201),
-        ({"origin": "http://TestServer"}, 201),
-        ({"origin": "http://testserver:3000"}, 403),
+        ({"origin": "http://localhost"}, 201),
+        ({"origin": "http://LocalHost"}, 201),
+        ({"origin": "http://localhost:3000"}, 403),
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": ""}, 403),
