@@ -60,7 +60,9 @@ BEGIN
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'kindred_api') THEN
             CREATE ROLE kindred_api NOLOGIN;
         END IF;
-        GRANT kindred_api TO CURRENT_USER;
+        IF NOT pg_has_role(CURRENT_USER, 'kindred_api', 'MEMBER') THEN
+            GRANT kindred_api TO CURRENT_USER;
+        END IF;
     EXCEPTION
         WHEN duplicate_object OR unique_violation THEN
             NULL; -- another database of this server is being migrated at the same time
