@@ -4,7 +4,10 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import clusters, collections, health, images, labels, problems, runs, uploads
+from app.access import Rates
+from app.api import clusters, collections, health, images, keys, labels, problems, runs, uploads
+from app.api.body_limit import BodyLimit
+from app.config import settings
 from app.logs import configure_logs
 from app.web import pages
 
@@ -19,8 +22,10 @@ read `labels.csv`. Errors are RFC 9457 problem details.
 def create_app() -> FastAPI:
     configure_logs()
     app = FastAPI(title="Kindred", version=version("kindred"), description=_DESCRIPTION, redoc_url=None)
+    app.state.rates = Rates(settings().requests_per_minute)
     problems.install(app)
-    for module in (collections, uploads, images, runs, clusters, labels, health):
+    for module in (collections, uploads, images, runs, clusters, labels, keys, health):
         app.include_router(module.router)
     pages.install(app)
+    app.add_middleware(BodyLimit)
     return app

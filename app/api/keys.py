@@ -65,7 +65,7 @@ class KeyMade(KeyOut):
     key: str = Field(description="The key itself, which is shown this once and kept nowhere.")
 
 
-@router.post("", status_code=201, responses=responses(413, 422))
+@router.post("", status_code=201, responses=responses(400, 413, 422))
 def create_key(new: NewKey, response: Response, session: DatabaseSession) -> KeyMade:
     """Make a key. The answer is the only place where it can be read."""
     lasts = None if new.expires_in_s is None else timedelta(seconds=new.expires_in_s)

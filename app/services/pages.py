@@ -44,12 +44,13 @@ def page(rows: Sequence[T], limit: int, position: Callable[[T], Sequence[Any]]) 
 
 
 def int32(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**31:
+    """A whole number that a column can hold; `true` is one for Python, and none for a comparison in SQL."""
+    if type(value) is not int or not 0 <= value < 2**31:
         raise ValueError(value)
     return value
 
 
 def int64(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**63:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(value)
     return value
