@@ -5,7 +5,9 @@
     {data_dir}/collections/{collection}/thumbnails/ab/abcd…  JPEG
     {data_dir}/collections/{collection}/staging/              files that an ingest is checking
     {data_dir}/collections/{collection}/features/            the trainer's cache
-    {data_dir}/runs/{run}/                                   the trainer's artefacts
+    {data_dir}/runs/{run}/                                   a finished run's artefacts, the trainers' log
+    {data_dir}/runs/{run}/attempt-{n}/                       what an attempt makes, until it is a result
+    {data_dir}/runs/{run}/checkpoint/                        what the next attempt goes on from
     {data_dir}/weights/                                      weights files that users bring, or {weights_dir}
 
 A file is written under a temporary name in the folder it is for, made durable, then renamed; only a
@@ -13,6 +15,7 @@ committed row makes it visible.
 """
 
 import ctypes
+import errno
 import os
 import shutil
 import uuid
@@ -63,6 +66,15 @@ def run(run_id: uuid.UUID) -> Path:
     return _root() / "runs" / str(run_id)
 
 
+def attempt(run_id: uuid.UUID, number: int) -> Path:
+    """Each attempt writes to a folder of its own: one that was lost, and does not know yet, harms no other."""
+    return run(run_id) / f"attempt-{number}"
+
+
+def checkpoint(run_id: uuid.UUID) -> Path:
+    return run(run_id) / "checkpoint"
+
+
 def _weights_dir() -> Path:
     return (settings().weights_dir or _root() / "weights").resolve()
 
@@ -89,6 +101,24 @@ def all_incoming() -> Iterator[Path]:
     folder = _root() / "incoming"
     if folder.is_dir():
         yield from folder.iterdir()
+
+
+def all_runs() -> Iterator[Path]:
+    folder = _root() / "runs"
+    if folder.is_dir():
+        yield from folder.iterdir()
+
+
+def now() -> float:
+    """The time of the file system, which ages are measured by: this machine's clock may be another."""
+    root = _root()
+    os.utime(root)  # needs no room, where a file might find none
+    return root.stat().st_mtime
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there was no room left, on the disk or in a quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes() -> int:

@@ -7,6 +7,7 @@ before it is kept beside it for the case that the newest is damaged.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "sha256": digest(tensors),
     }
     content = safetensors.torch.save(tensors, {"about": json.dumps(about, sort_keys=True)})
-    if (folder / NEWEST).exists():
+    with suppress(FileNotFoundError):
         (folder / NEWEST).replace(folder / PREVIOUS)
     write_atomically(folder / NEWEST, lambda file: file.write(content))
 

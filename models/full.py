@@ -4,6 +4,8 @@ Letters in shapes: N images, V views, B batch of this process, G global batch, C
 F features of the backbone.
 """
 
+import errno
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +26,8 @@ from models.config import InputError
 from models.fit import Fit, seed_of
 from models.objective import Objective, ObjectiveFactory
 from models.progress import Step
+
+log = logging.getLogger(__name__)
 
 # Between yields inside of an epoch, and between questions to `stop`.
 REPORT_EVERY_S = 2.0
@@ -192,7 +196,7 @@ class Training:
                 now_s = time.monotonic()
                 stopping = distributed.anywhere(self.stop(), device=self.device)
                 if stopping or self.done == self.total or now_s - saved_s >= self.checkpoint_every_s:
-                    self.save()
+                    self.try_to_save()
                     saved_s = now_s
                 if stopping:
                     raise Stopped(f"stopped after {self.done} of {self.total} steps")
@@ -305,6 +309,15 @@ class Training:
                 parts.append(self.network(x_BCSS).float())
         self.network.train()
         return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
+
+    def try_to_save(self) -> None:
+        """Save where there is room; a training does not end for the want of a checkpoint."""
+        try:
+            self.save()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("no room for a checkpoint; the training goes on, and tries again later")
 
     def save(self) -> None:
         """Write the checkpoint, where this is the process to do it."""

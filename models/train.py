@@ -61,6 +61,7 @@ def group(
     threads: int | None = None,
     device: str | None = None,
     checkpoint: Path | None = None,
+    checkpoint_every_s: float = 30.0,
     stop: Callable[[], bool] | None = None,
 ) -> Generator[Progress, None, Grouping]:
     """Extract features, train, choose representatives; yields its progress and returns the grouping.
@@ -75,6 +76,7 @@ def group(
         threads: for the network and the training; by default one for every core. Sets those of torch and FAISS.
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is one.
         checkpoint: folder for the state of a full training, to go on from after a kill.
+        checkpoint_every_s: seconds between the checkpoints of a full training.
         stop: asked often during a full training; once true, the state is saved.
 
     Raises:
@@ -93,7 +95,7 @@ def group(
         job = _Job(config, sources, cache_dir=cache_dir, threads=threads, device=own_device, clock=clock)
         try:
             if config.train == "full":
-                fit, features_NF = yield from job.train_in_full(checkpoint, stop)
+                fit, features_NF = yield from job.train_in_full(checkpoint, checkpoint_every_s, stop)
             else:
                 fit, features_NF = yield from job.train_head()
         except UnreadableImageError as error:
@@ -150,7 +152,7 @@ class _Job:
         return fit, features_NF
 
     def train_in_full(
-        self, checkpoint: Path | None, stop: Callable[[], bool] | None
+        self, checkpoint: Path | None, checkpoint_every_s: float, stop: Callable[[], bool] | None
     ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
         """Group by a backbone that trains too; the answer, and the features of the trained backbone."""
         if self.config.clusters == "auto":
@@ -167,6 +169,7 @@ class _Job:
             seed=self.config.seed,
             device=self.device,
             checkpoint_dir=checkpoint,
+            checkpoint_every_s=checkpoint_every_s,
             images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
             stop=stop,
         )

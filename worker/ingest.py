@@ -4,7 +4,6 @@ It works in batches: files go to the disk and through the decoders, then one tra
 visible and tells how far it came. Killed in between, the next attempt goes on behind the last batch.
 """
 
-import errno
 import hashlib
 import os
 import threading
@@ -39,6 +38,7 @@ from worker.archives import (
 )
 from worker.decode import NOT_AN_IMAGE
 from worker.decoders import Answer, DecoderPool
+from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
 
@@ -92,28 +92,38 @@ def ingest(upload_id: uuid.UUID, stop: threading.Event) -> None:
     log.info("upload_claimed", upload=str(upload_id), attempt=upload.attempt)
     started = time.monotonic()
     try:
-        attempt.work()
+        if upload.lost_attempts >= settings().max_attempts:
+            times = f"The worker was lost {upload.lost_attempts} times while it worked on this; it was given up."
+            attempt.fail("worker_lost", times)
+        else:
+            attempt.work()
     except _LostError:
         log.warning("upload_lost", upload=str(upload_id), attempt=upload.attempt)
         return
     except _StoppingError:
-        with open_session() as session:
-            jobs.release(session, Upload, upload_id, upload.attempt)
-            session.commit()
-        queue.ring_upload(upload_id)
+        _give_back(upload, stop)
         return
-    except ArchiveError as error:
-        attempt.fail(error.code, str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            if attempt.is_lost():
-                # The next attempt has cleared this one's files away.
-                return
+    except SQLAlchemyError as error:
+        if not is_away(error):
             raise
-        attempt.fail("storage-full", "The service has no room left for these images.")
+        # What was committed stands, and the next attempt goes on behind it.
+        _give_back(upload, stop)
+        return
+    except OSError:
+        if attempt.is_lost():
+            # The next attempt has cleared this one's files away.
+            return
+        raise
     seconds = time.monotonic() - started
     log.info("upload_over", upload=str(upload_id), seconds=round(seconds, 1), **attempt.counts)
     _ring_for_what_waited(upload)
+
+
+def _give_back(upload: Upload, stop: threading.Event) -> None:
+    """Release the upload unharmed, as soon as the database answers."""
+    settle(lambda session: jobs.release(session, Upload, upload.id, upload.attempt), stop)
+    queue.ring_upload(upload.id)
+    log.info("upload_released", upload=str(upload.id), attempt=upload.attempt)
 
 
 def _ring_for_what_waited(upload: Upload) -> None:
@@ -147,7 +157,18 @@ class _Ingest:
         self._last_report = time.monotonic()
 
     def work(self) -> None:
-        """Take in every file, then end the upload."""
+        """Take in every file, then end the upload, well or not."""
+        try:
+            self._take_all()
+            self._finish()
+        except ArchiveError as error:
+            self.fail(error.code, str(error))
+        except OSError as error:
+            if not storage.is_full(error):
+                raise
+            self.fail("storage-full", "The service has no room left for these images.")
+
+    def _take_all(self) -> None:
         storage.remove(self._staging.parent)
         self._staging.mkdir(parents=True)
         try:
@@ -155,7 +176,6 @@ class _Ingest:
                 self._work(pool)
         finally:
             storage.remove(self._staging)
-        self._finish()
 
     def _work(self, pool: DecoderPool) -> None:
         """One batch is decoded while the next is read and the last is stored."""
@@ -398,6 +418,7 @@ class _Ingest:
             if not jobs.heartbeat(session, Upload, self._id, self._attempt):
                 return
             session.commit()
+        storage.remove(self._staging.parent)
         # While the upload still runs, no other can bring the same contents into the collection.
         for sha256 in removed:
             for path in self._folders.paths(sha256):

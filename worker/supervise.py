@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from app import queue, storage
 from app.config import settings
@@ -33,15 +34,24 @@ from app.services import jobs, results, runs
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
 from worker.command import trainer_command
+from worker.sweep import requeue_lost
+from worker.transactions import settle
 
 log = structlog.get_logger(__name__)
 
 _TICK_S = 0.5
 _PROGRESS_EVERY_S = 1.0
+_RETRY_S = 1.0
 # How long a trainer that is asked to leave may take: it ends its step and writes a checkpoint.
 _TERMINATE_S = 15.0
 _LOG_TAIL = 8000
 # torchrun ends with status 1 whatever became of its processes, and reports each.
+_FULL = {
+    "code": "storage-full",
+    "detail": "The service has no room left for what this run makes; start it again when there is some.",
+}
+# What a trainer's folder holds besides the artefacts of the run.
+_INTERMEDIATE = ("specification.json", "result.json", "result.npz", "alive")
 _KILLED_IN_TORCHRUN = re.compile(r"^ *exitcode +: -\d+ ", re.MULTILINE)
 
 
@@ -51,13 +61,26 @@ class _Attempt:
 
     run_id: uuid.UUID
     number: int
-    folder: Path
+    stop: threading.Event  # set when the worker is told to stop
     images: list[tuple[uuid.UUID, str, str]]  # id, SHA-256, filename
     parameters: dict[str, Any]
     news: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
     log_from: int = 0  # where this attempt's part of the trainer's log begins
     stopped: bool = False  # by a signal that was not ours, with a checkpoint written
+
+    @property
+    def folder(self) -> Path:
+        return storage.attempt(self.run_id, self.number)
+
+    @property
+    def alive(self) -> Path:
+        """Touched for as long as somebody watches the trainer; a trainer that nobody watches ends itself."""
+        return self.folder / "alive"
+
+    @property
+    def log(self) -> Path:
+        return storage.run(self.run_id) / "trainer.log"
 
 
 class _Lost(Exception):
@@ -79,40 +102,40 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         if run is None:
             log.info("nothing_to_claim", run=str(run_id))
             return
-        images = runs.trainer_images(session, run.collection_id)
-        parameters, number = dict(run.parameters), run.attempt
+        images = runs.trainer_images(session, run)
         collection_id = run.collection_id
+        attempt = _Attempt(
+            run_id=run_id,
+            number=run.attempt,
+            stop=stop,
+            images=images,
+            parameters=dict(run.parameters),
+        )
         session.commit()
-    log.info("run_claimed", run=str(run_id), attempt=number, images=len(images))
-    attempt = _Attempt(
-        run_id=run_id,
-        number=number,
-        folder=storage.run(run_id),
-        images=images,
-        parameters=parameters,
-    )
+    log.info("run_claimed", run=str(run_id), attempt=attempt.number, images=len(images))
     try:
-        runs.check_enough(parameters["clusters"], len(images))
-        check_weights(parameters.get("weights"))  # the file may be gone by now
+        _execute(attempt, collection_id)
     except Invalid as error:
         _end(attempt, {"code": error.code, "detail": error.detail})
-        return
-    _write_specification(attempt, collection_id)
-    try:
-        status = _watch(attempt, stop)
     except _Lost:
-        log.warning("run_lost", run=str(run_id), attempt=number)
+        log.warning("run_lost", run=str(run_id), attempt=attempt.number)
     except _Cancelled:
-        with open_session() as session:
-            ours = jobs.end_cancelled(session, run_id, number)
-            session.commit()
-        if ours:
-            storage.remove(_checkpoint(attempt))
-        log.info("run_cancelled", run=str(run_id), attempt=number)
+        _end_cancelled(attempt)
     except _Stopping:
         _release(attempt)
-    else:
-        _conclude(attempt, status)
+    except OSError as error:
+        if not storage.is_full(error):
+            raise
+        _end(attempt, _FULL)
+    finally:
+        storage.remove(attempt.folder)
+
+
+def _execute(attempt: _Attempt, collection_id: uuid.UUID) -> None:
+    runs.check_enough(attempt.parameters["clusters"], len(attempt.images))
+    check_weights(attempt.parameters.get("weights"))  # the file may be gone by now
+    _write_specification(attempt, collection_id)
+    _conclude(attempt, _watch(attempt))
 
 
 def _write_specification(attempt: _Attempt, collection_id: uuid.UUID) -> None:
@@ -121,25 +144,24 @@ def _write_specification(attempt: _Attempt, collection_id: uuid.UUID) -> None:
         "parameters": attempt.parameters,
         "weights": named if named in (None, "random") else str(storage.weights(named)),
         "features": str(storage.features(collection_id)),
-        "checkpoint": str(_checkpoint(attempt)),
+        "checkpoint": str(storage.checkpoint(attempt.run_id)),
+        "checkpoint_s": settings().checkpoint_s,
+        # Gone before the lease is: nobody can have claimed the run yet.
+        "lease_s": max(settings().lease_s - settings().heartbeat_s, settings().lease_s / 2),
         "images": [
             {"key": sha256, "path": str(storage.original(collection_id, sha256)), "filename": filename}
             for _, sha256, filename in attempt.images
         ],
     }
     attempt.folder.mkdir(parents=True, exist_ok=True)
+    attempt.alive.touch()
     with storage.atomic_write(attempt.folder / "specification.json") as file:
         file.write(json.dumps(specification).encode())
 
 
-def _checkpoint(attempt: _Attempt) -> Path:
-    """What a later attempt goes on from; gone with the end of the run."""
-    return attempt.folder / "checkpoint"
-
-
-def _watch(attempt: _Attempt, stop: threading.Event) -> int:
+def _watch(attempt: _Attempt) -> int:
     """Run the trainer to its end; its exit status. Whatever else ends the attempt is an exception."""
-    with (attempt.folder / "trainer.log").open("ab") as errors:
+    with attempt.log.open("ab") as errors:
         attempt.log_from = errors.tell()
         trainer = subprocess.Popen(
             trainer_command(attempt.folder, attempt.parameters),
@@ -150,18 +172,16 @@ def _watch(attempt: _Attempt, stop: threading.Event) -> int:
         )
     try:
         lines = _lines(trainer)
-        last_report = 0.0
-        while True:
-            over = _take_news(attempt, lines)
-            if over:
-                break
-            if stop.is_set():
+        next_report = 0.0
+        while not _take_news(attempt, lines):
+            attempt.alive.touch()
+            if attempt.stop.is_set():
                 raise _Stopping
             now = time.monotonic()
-            due = settings().heartbeat_s if not attempt.news else _PROGRESS_EVERY_S
-            if now - last_report >= min(due, settings().heartbeat_s):
-                _report(attempt)
-                last_report = now
+            due = next_report - (settings().heartbeat_s - _PROGRESS_EVERY_S if attempt.news else 0.0)
+            if now >= due:
+                # A lease may run out soon where the database was away: then it is tried more often.
+                next_report = now + (settings().heartbeat_s if _report(attempt) else _RETRY_S)
             elif _cancel_requested(attempt):
                 raise _Cancelled
         _report(attempt)
@@ -209,8 +229,8 @@ def _take_news(attempt: _Attempt, lines: "queues.SimpleQueue[bytes | None]") -> 
     return False
 
 
-def _report(attempt: _Attempt) -> None:
-    """Renew the lease and tell the database the news. A database that is away is tried again later."""
+def _report(attempt: _Attempt) -> bool:
+    """Renew the lease and tell the database the news. False: it is away, and is to be tried again later."""
     try:
         with open_session() as session:
             alive = jobs.heartbeat(session, Run, attempt.run_id, attempt.number, **attempt.news)
@@ -218,12 +238,13 @@ def _report(attempt: _Attempt) -> None:
             cancel = alive and runs.cancel_requested(session, attempt.run_id)
     except SQLAlchemyError as error:
         log.warning("heartbeat_failed", run=str(attempt.run_id), error=type(error).__name__)
-        return
+        return False
     attempt.news.clear()
     if not alive:
         raise _Lost
     if cancel:
         raise _Cancelled
+    return True
 
 
 def _cancel_requested(attempt: _Attempt) -> bool:
@@ -250,7 +271,7 @@ def _stop_group(trainer: subprocess.Popen[bytes]) -> None:
 
 def _said(attempt: _Attempt) -> str:
     """The end of what the trainer logged in this attempt."""
-    with (attempt.folder / "trainer.log").open("rb") as log_file:
+    with attempt.log.open("rb") as log_file:
         end = log_file.seek(0, os.SEEK_END)
         log_file.seek(max(attempt.log_from, end - _LOG_TAIL))
         return log_file.read().decode(errors="replace")
@@ -262,18 +283,19 @@ def _conclude(attempt: _Attempt, status: int) -> None:
         _store(attempt)
     elif attempt.error is not None:
         _end(attempt, attempt.error)
-    elif attempt.stopped:
+    elif attempt.stopped or (status == -signal.SIGTERM and attempt.stop.is_set()):
+        # The second is a head, when the service manager tells every process of the service to stop.
         _release(attempt)
     elif status < 0 or _KILLED_IN_TORCHRUN.search(said):
         log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, status=status)
-        with open_session() as session:
-            jobs.expire(session, Run, attempt.run_id, attempt.number)
-            session.commit()
-            jobs.requeue_lost(session, Run)
-            session.commit()
+        settle(lambda session: jobs.expire(session, Run, attempt.run_id, attempt.number), attempt.stop)
+        requeue_lost(Run)
         queue.ring_run(attempt.run_id)
     else:
         log.error("trainer_failed", run=str(attempt.run_id), attempt=attempt.number, status=status, said=said)
+        # With it, the trainer can be run by hand to see what went wrong.
+        specification = attempt.folder / "specification.json"
+        specification.replace(storage.run(attempt.run_id) / specification.name)
         _end(
             attempt,
             {
@@ -286,19 +308,23 @@ def _conclude(attempt: _Attempt, status: int) -> None:
 
 def _release(attempt: _Attempt) -> None:
     """Give the run back; whoever claims it next goes on from its checkpoint."""
-    with open_session() as session:
-        jobs.release(session, Run, attempt.run_id, attempt.number)
-        session.commit()
+    settle(lambda session: jobs.release(session, Run, attempt.run_id, attempt.number), attempt.stop)
     queue.ring_run(attempt.run_id)
     log.info("run_released", run=str(attempt.run_id), attempt=attempt.number)
 
 
+def _end_cancelled(attempt: _Attempt) -> None:
+    if settle(lambda session: jobs.end_cancelled(session, attempt.run_id, attempt.number), attempt.stop):
+        storage.remove(storage.checkpoint(attempt.run_id))
+        log.info("run_cancelled", run=str(attempt.run_id), attempt=attempt.number)
+
+
 def _end(attempt: _Attempt, problem: dict[str, str]) -> None:
-    with open_session() as session:
-        ours = jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
-        session.commit()
-    if ours:
-        storage.remove(_checkpoint(attempt))
+    def fail(session: Session) -> bool:
+        return jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
+
+    if settle(fail, attempt.stop):
+        storage.remove(storage.checkpoint(attempt.run_id))
     log.warning("run_failed", run=str(attempt.run_id), attempt=attempt.number, code=problem["code"])
 
 
@@ -309,33 +335,37 @@ def _store(attempt: _Attempt) -> None:
         columns = {name: arrays[name].tolist() for name in arrays.files}
     levels = {name: columns.pop(name) for name in list(columns) if name.startswith("groups_")}
     _write_levels(attempt, levels)
-    with open_session() as session:
-        won = jobs.finish(
-            session,
-            Run,
-            attempt.run_id,
-            attempt.number,
-            metrics=report["metrics"],
-            stage="done",
-            eta_s=0.0,
-        )
-        if won:
-            results.store(session, attempt.run_id, _clusters(attempt, report), _assignments(attempt, columns))
-            session.commit()
-            storage.remove(_checkpoint(attempt))
-            log.info("run_succeeded", run=str(attempt.run_id), attempt=attempt.number)
-            return
-        session.rollback()
-        # Cancel came before the finish: exactly one of them wins.
-        if jobs.end_cancelled(session, attempt.run_id, attempt.number):
-            session.commit()
+
+    def store(session: Session) -> bool:
+        values = {"metrics": report["metrics"], "stage": "done", "eta_s": 0.0}
+        if not jobs.finish(session, Run, attempt.run_id, attempt.number, **values):
+            return jobs.has_succeeded(session, Run, attempt.run_id, attempt.number)
+        # From here on the row is locked until the commit: nobody else can end the run or take it over.
+        results.store(session, attempt.run_id, _clusters(attempt, report), _assignments(attempt, columns))
+        _publish(attempt)
+        return True
+
+    if settle(store, attempt.stop):
+        storage.remove(storage.checkpoint(attempt.run_id))
+        log.info("run_succeeded", run=str(attempt.run_id), attempt=attempt.number)
+    else:
+        # Cancel came before the finish: exactly one of them wins. Or the run is another attempt's by now.
+        _end_cancelled(attempt)
+
+
+def _publish(attempt: _Attempt) -> None:
+    """Give the artefacts the places where they are looked for; twice does no harm."""
+    for path in attempt.folder.iterdir():
+        if path.name not in _INTERMEDIATE:
+            path.replace(storage.run(attempt.run_id) / path.name)
+    storage.sync_folder(storage.run(attempt.run_id))
 
 
 def _write_levels(attempt: _Attempt, columns: dict[str, list[int]]) -> None:
     """Read as a whole or not at all, so a file and no table."""
     if not columns:
         return
-    with storage.atomic_write(storage.levels(attempt.run_id)) as file:
+    with storage.atomic_write(attempt.folder / storage.levels(attempt.run_id).name) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image_id", "filename", *columns])

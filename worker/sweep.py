@@ -10,50 +10,75 @@ import uuid
 from collections.abc import Callable
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app import queue, storage
 from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Run, Upload
 from app.services import jobs, uploads
+from worker.transactions import is_away
 
 log = structlog.get_logger(__name__)
 
-_ORPHAN_AGE_S = 24 * 3600.0
+# Received files that no row names: a request still under way, or one whose API died. A day is the promise.
+_ORPHAN_AGE_S = 23 * 3600.0
+_CLEAN_EVERY_S = 3600.0
 
 
 class Sweeper(threading.Thread):
     def __init__(self, stop: threading.Event) -> None:
         super().__init__(name="sweeper", daemon=True)
         self._stopping = stop
+        self._away_at: float | None = None
+        self._cleaned_at: float | None = None
 
     def run(self) -> None:
         while not self._stopping.wait(settings().sweep_s):
             try:
-                sweep()
-                remove_orphans()
-            except (SQLAlchemyError, OSError) as error:
-                # The database is away; the next turn looks again.
+                self._turn()
+            except Exception as error:  # noqa: BLE001 - a sweeper that ends would leave lost work lost
+                if is_away(error):
+                    self._away_at = time.monotonic()
                 log.warning("sweep_failed", error=type(error).__name__)
 
+    def _turn(self) -> None:
+        now = time.monotonic()
+        # Leases also run out while the database is away; those who hold them may say so first once it is back.
+        back = self._away_at is None or now - self._away_at > 2 * settings().heartbeat_s
+        sweep(lost=back)
+        remove_orphans()
+        if self._cleaned_at is None or now - self._cleaned_at > _CLEAN_EVERY_S:
+            self._cleaned_at = now
+            remove_leftovers()
 
-def sweep() -> None:
+
+def sweep(*, lost: bool = True) -> None:
     """One turn: requeue what was lost, then ring for what waits and may not have been heard."""
+    if lost:
+        requeue_lost(Upload)
+        requeue_lost(Run)
     with open_session() as session:
-        lost_uploads = jobs.requeue_lost(session, Upload)
-        lost_runs = jobs.requeue_lost(session, Run)
         failed = jobs.fail_runs_of_failed_uploads(session)
         session.commit()
         waiting_uploads = jobs.waiting(session, Upload, settings().sweep_s)
         waiting_runs = jobs.waiting(session, Run, settings().sweep_s)
-    for noun, lost in (("upload", lost_uploads), ("run", lost_runs)):
-        for identity in lost:
-            log.warning("lease_ran_out", noun=noun, id=str(identity))
     for identity in failed:
         log.warning("run_without_upload", id=str(identity))
     _ring(queue.INGEST, queue.ring_upload, waiting_uploads)
     _ring(queue.TRAIN, queue.ring_run, waiting_runs)
+
+
+def requeue_lost(table: jobs.JobTable) -> None:
+    """Requeue what was lost, and clear away what no attempt will go on from."""
+    with open_session() as session:
+        lost = jobs.requeue_lost(session, table)
+        session.commit()
+        ended = jobs.ended(session, table, lost)
+    for identity in lost:
+        log.warning("lease_ran_out", noun=table.__tablename__[:-1], id=str(identity))
+    if table is Run:
+        for identity in ended:
+            storage.remove(storage.checkpoint(identity))
 
 
 def _ring(task: str, ring: Callable[[uuid.UUID], bool], waiting: list[uuid.UUID]) -> None:
@@ -66,17 +91,37 @@ def _ring(task: str, ring: Callable[[uuid.UUID], bool], waiting: list[uuid.UUID]
 
 
 def remove_orphans() -> None:
-    """Delete received files that no open upload names, once they are a day old."""
+    """Delete received files that no open upload names, once they are old enough to be no request's."""
+    now = storage.now()
     for folder in storage.all_incoming():
         try:
             upload_id = uuid.UUID(folder.name)
-            age_s = time.time() - folder.stat().st_mtime
+            # A slow request writes to one file for long, which its folder does not notice.
+            young = any(now - path.stat().st_mtime < _ORPHAN_AGE_S for path in (folder, *folder.iterdir()))
         except (ValueError, FileNotFoundError):
             continue
-        if age_s < _ORPHAN_AGE_S:
+        if young:
             continue
         with open_session() as session:
             if uploads.is_open(session, upload_id):
                 continue
         log.warning("orphan_removed", upload=str(upload_id))
         storage.remove(folder)
+
+
+def remove_leftovers() -> None:
+    """Delete what killed attempts of finished runs left: nobody will go on from it."""
+    for folder in storage.all_runs():
+        left = [path for path in folder.iterdir() if path.name == "checkpoint" or path.name.startswith("attempt-")]
+        if not left:
+            continue
+        try:
+            run_id = uuid.UUID(folder.name)
+        except ValueError:
+            continue
+        with open_session() as session:
+            over = jobs.ended(session, Run, [run_id])
+        if over:
+            log.warning("leftovers_removed", run=str(run_id))
+            for path in left:
+                storage.remove(path)

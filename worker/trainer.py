@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from app.storage import atomic_write
+from app.storage import atomic_write, is_full
 from models import checkpoint
 from models.checkpoint import OtherRun
 from models.features import cores
@@ -34,6 +34,7 @@ from models.train import Config, Grouping, InputError, Progress, Source, group, 
 _PR_SET_PDEATHSIG = 1
 EXIT_INPUT_ERROR = 2
 EXIT_STOPPED = 3
+EXIT_STORAGE_FULL = 4
 _LEADS = os.environ.get("RANK", "0") == "0"
 
 
@@ -41,6 +42,7 @@ def main() -> int:
     _die_with_parent()
     folder = Path(sys.argv[1])
     specification = json.loads((folder / "specification.json").read_text())
+    _die_unwatched(folder / "alive", specification["lease_s"])
     try:
         try:
             _train(folder, specification)
@@ -53,6 +55,12 @@ def main() -> int:
     except Stopped:
         _tell("stopped")
         return EXIT_STOPPED
+    except OSError as error:
+        if not is_full(error):
+            raise
+        detail = "The service has no room left for what this run makes; start it again when there is some."
+        _tell("error", code="storage-full", detail=detail)
+        return EXIT_STORAGE_FULL
     return 0
 
 
@@ -62,6 +70,31 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit(1)
+
+
+def _die_unwatched(alive: Path, lease_s: float) -> None:
+    """Nor must one whose supervisor is frozen: it touches a file for as long as it watches.
+
+    Measured is how long the file stays as it is, so that no two clocks are compared.
+    """
+    if not alive.exists():
+        return  # run by hand
+
+    def watch() -> None:
+        seen, since_s = alive.stat().st_mtime_ns, time.monotonic()
+        while True:
+            time.sleep(min(1.0, lease_s / 10))
+            try:
+                touched = alive.stat().st_mtime_ns
+            except FileNotFoundError:  # the next attempt has cleared this one's files away
+                break
+            if touched != seen:
+                seen, since_s = touched, time.monotonic()
+            elif time.monotonic() - since_s > lease_s:
+                break
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watched", daemon=True).start()
 
 
 def _train(folder: Path, specification: dict[str, Any]) -> None:
@@ -84,6 +117,7 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
         truth=names,
         threads=threads,
         checkpoint=Path(specification["checkpoint"]),
+        checkpoint_every_s=specification["checkpoint_s"],
         stop=stop.is_set,
     )
     grouping = _follow(steps, stop)

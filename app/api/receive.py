@@ -6,6 +6,7 @@ bring 100,000. The parsing itself is python-multipart's push parser.
 
 import errno
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -79,8 +80,8 @@ async def receive(request: Request) -> Received:
             raise StorageFull("The service has no room left for this upload.", code="storage-full") from error
         raise
     finally:
-        writer.close()
         if not complete:
+            writer.abandon()
             received.discard()
     return received
 
@@ -151,6 +152,11 @@ class _PartWriter:
         if len(parts) == 1:
             _check_signature(storage.incoming_part(self._received.upload_id, 0), parts[0].filename)
         storage.make_durable(self._folder)
+
+    def abandon(self) -> None:
+        """Close without a word: on a full disk, what is still to be written cannot be."""
+        with suppress(OSError):
+            self.close()
 
     def close(self) -> None:
         if self._file is not None:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, CursorResult, and_, case, exists, func, literal, or_, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from app.config import settings
@@ -47,7 +48,7 @@ def _may_start(table: JobTable) -> ColumnElement[bool]:
 
 def claim(session: Session, table: type[J], identity: uuid.UUID) -> J | None:
     """Start a queued job. None: somebody else has it, it is over, or it must wait. Drop the message."""
-    return session.execute(
+    statement = (
         update(table)
         .where(table.id == identity, table.state == "queued", _may_start(table))
         .values(
@@ -58,7 +59,13 @@ def claim(session: Session, table: type[J], identity: uuid.UUID) -> J | None:
         )
         .returning(table)
         .execution_options(synchronize_session=False)
-    ).scalar_one_or_none()
+    )
+    try:
+        with session.begin_nested():
+            return session.execute(statement).scalar_one_or_none()
+    except IntegrityError:
+        # Two uploads of a collection, claimed at the same moment: neither saw the other, the index did.
+        return None
 
 
 def heartbeat(session: Session, table: JobTable, identity: uuid.UUID, attempt: int, **values: Any) -> bool:
@@ -108,6 +115,14 @@ def release(session: Session, table: JobTable, identity: uuid.UUID, attempt: int
     )
 
 
+def has_succeeded(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:
+    """Whether this attempt has finished the job already, by a commit whose answer was lost."""
+    found = session.scalar(
+        select(table.id).where(table.id == identity, table.attempt == attempt, table.state == "succeeded")
+    )
+    return found is not None
+
+
 def end_cancelled(session: Session, identity: uuid.UUID, attempt: int) -> bool:
     """The worker's answer to a cancel request, once the trainer is gone."""
     return _changed(
@@ -119,8 +134,13 @@ def end_cancelled(session: Session, identity: uuid.UUID, attempt: int) -> bool:
 
 
 def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
-    """Requeue jobs whose lease ran out; after `max_attempts` losses they have failed."""
+    """Requeue jobs whose lease ran out; after `max_attempts` losses a run has failed.
+
+    An upload is requeued even then: whoever claims it takes back what it brought, and fails it.
+    """
     lost = table.lost_attempts + 1
+    if table is Upload:
+        return _requeue(session, table, lost_attempts=lost, state="queued")
     over = lost >= settings().max_attempts
     problem = func.jsonb_build_object(
         "code",
@@ -128,25 +148,35 @@ def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
         "detail",
         func.concat("The worker was lost ", lost, " times while it worked on this; it was given up."),
     )
-    ends: list[tuple[ColumnElement[bool], ColumnElement[Any]]] = [(over, literal("failed"))]
-    if table is Run:
-        ends.insert(0, (Run.cancel_requested_at.is_not(None), literal("cancelled")))
-        over = or_(over, Run.cancel_requested_at.is_not(None))
-    new_state = case(*ends, else_=literal("queued"))
+    cancelled = Run.cancel_requested_at.is_not(None)
+    state = case((cancelled, literal("cancelled")), (over, literal("failed")), else_=literal("queued"))
+    return _requeue(
+        session,
+        table,
+        lost_attempts=lost,
+        state=state,
+        finished_at=case((or_(over, cancelled), func.now())),
+        problem=case((state == "failed", problem)),
+    )
+
+
+def _requeue(session: Session, table: JobTable, **values: Any) -> list[uuid.UUID]:
     rows = session.execute(
         update(table)
         .where(table.state == "running", table.lease_until < func.now())
-        .values(
-            state=new_state,
-            lost_attempts=lost,
-            lease_until=None,
-            finished_at=case((over, func.now())),
-            problem=case((new_state == "failed", problem)),
-        )
+        .values(lease_until=None, **values)
         .returning(table.id)
         .execution_options(synchronize_session=False)
     )
     return list(rows.scalars())
+
+
+def ended(session: Session, table: JobTable, identities: list[uuid.UUID]) -> list[uuid.UUID]:
+    """Those of these jobs that have ended, or are no longer there."""
+    open_ = session.scalars(
+        select(table.id).where(table.id.in_(identities), table.state.in_(("queued", "running")))
+    ).all()
+    return [identity for identity in identities if identity not in open_]
 
 
 def expire(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:

@@ -152,11 +152,20 @@ def cancel_requested(session: Session, run_id: uuid.UUID) -> bool:
     return session.scalar(select(Run.cancel_requested_at).where(Run.id == run_id)) is not None
 
 
-def trainer_images(session: Session, collection_id: uuid.UUID) -> list[tuple[uuid.UUID, str, str]]:
-    """Id, SHA-256 and filename of each image, in the order of the collection."""
+def trainer_images(session: Session, run: Run) -> list[tuple[uuid.UUID, str, str]]:
+    """Id, SHA-256 and filename of each image that the run is over, in the order of the collection.
+
+    These are the images of uploads that were done when the run first started: every attempt sees the same, and an
+    upload that is still under way may yet fail and take its images back.
+    """
     rows = session.execute(
         select(Image.id, Image.sha256, Image.filename)
-        .where(Image.collection_id == collection_id)
+        .join(Upload, Upload.id == Image.upload_id)
+        .where(
+            Image.collection_id == run.collection_id,
+            Upload.state == "succeeded",
+            Upload.finished_at <= run.started_at,
+        )
         .order_by(Image.number)
     )
     return [(row.id, row.sha256, row.filename) for row in rows]
