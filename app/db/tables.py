@@ -54,9 +54,10 @@ class Table(DeclarativeBase):
 
 
 class Tenant(Table):
-    """Who shares nothing with anybody else. What a tenant has hangs on its collections, by foreign keys.
+    """Who shares nothing with anybody else; row-level security keeps tenants apart (migration 0002).
 
-    Row-level security keeps them apart: see `migrations/versions/0002_keys_and_tenants.py`.
+    The nouns say whose they are, and a foreign key holds them to what their collection says. What belongs to an upload
+    or a run is whose that is.
     """
 
     __tablename__ = "tenants"
@@ -111,6 +112,7 @@ class Collection(Table):
     __tablename__ = "collections"
     __table_args__ = (
         CheckConstraint("length(name) BETWEEN 1 AND 200", name="name_length"),
+        UniqueConstraint("id", "tenant_id"),
         Index("ix_collections_tenant_id_created_at_id", "tenant_id", "created_at", "id"),
     )
 
@@ -120,6 +122,12 @@ class Collection(Table):
     )
     name: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+def _of_collection() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(
+        ["collection_id", "tenant_id"], ["collections.id", "collections.tenant_id"], ondelete="CASCADE"
+    )
 
 
 class Job:
@@ -153,6 +161,7 @@ class Upload(Job, Table):
     __tablename__ = "uploads"
     __table_args__ = (
         *_job_rules(),
+        _of_collection(),
         Index("ix_uploads_collection_id_created_at", "collection_id", "created_at"),
         Index("ix_uploads_open", "created_at", postgresql_where=text("state IN ('queued', 'running')")),
         # One ingest at a time in a collection: a duplicate always points to an image that is there to stay.
@@ -165,7 +174,8 @@ class Upload(Job, Table):
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    collection_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("collections.id", ondelete="CASCADE"))
+    tenant_id: Mapped[uuid.UUID] = mapped_column(server_default=_THIS_TENANT)
+    collection_id: Mapped[uuid.UUID]
     bytes: Mapped[int] = mapped_column(BigInteger)
     received: Mapped[int] = mapped_column(server_default=text("0"))
     accepted: Mapped[int] = mapped_column(server_default=text("0"))
@@ -188,6 +198,7 @@ class UploadPart(Table):
 class Image(Table):
     __tablename__ = "images"
     __table_args__ = (
+        _of_collection(),
         UniqueConstraint("collection_id", "sha256"),
         # What assignments refer to, so that a run can only name images of its own collection.
         UniqueConstraint("collection_id", "id"),
@@ -199,7 +210,8 @@ class Image(Table):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(BigInteger, Identity(always=True))
-    collection_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("collections.id", ondelete="CASCADE"))
+    tenant_id: Mapped[uuid.UUID] = mapped_column(server_default=_THIS_TENANT)
+    collection_id: Mapped[uuid.UUID]
     upload_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"))
     sha256: Mapped[str]
     filename: Mapped[str]
@@ -236,13 +248,16 @@ class Run(Job, Table):
     __tablename__ = "runs"
     __table_args__ = (
         *_job_rules(),
+        _of_collection(),
         UniqueConstraint("id", "collection_id"),
         Index("ix_runs_collection_id_created_at", "collection_id", "created_at"),
+        Index("ix_runs_tenant_id_state", "tenant_id", "state"),
         Index("ix_runs_open", "created_at", postgresql_where=text("state IN ('queued', 'running')")),
     )
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    collection_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("collections.id", ondelete="CASCADE"))
+    tenant_id: Mapped[uuid.UUID] = mapped_column(server_default=_THIS_TENANT)
+    collection_id: Mapped[uuid.UUID]
     # The upload that a one-shot run waits for.
     upload_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("uploads.id", ondelete="SET NULL"))
     parameters: Mapped[dict[str, Any]]

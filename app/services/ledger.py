@@ -9,7 +9,7 @@ from sqlalchemy import Text, any_, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
-from app.db.tables import Image, Run, Upload, UploadFile, UploadPart
+from app.db.tables import Collection, Image, Run, Upload, UploadFile, UploadPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,13 @@ def add(
     entries: Sequence[LedgerEntry],
 ) -> None:
     """Bulk-insert images, in the order given, and their ledger rows."""
+    tenant_id = session.scalars(select(Collection.tenant_id).where(Collection.id == collection_id)).one()
+    whose = (tenant_id, collection_id, upload_id)
     _copy(
         session,
-        "COPY images (id, collection_id, upload_id, sha256, filename, format, width, height, bytes) FROM STDIN",
-        ((i.id, collection_id, upload_id, i.sha256, i.filename, i.format, i.width, i.height, i.bytes) for i in images),
+        "COPY images (tenant_id, collection_id, upload_id, id, sha256, filename, format, width, height, bytes)"
+        " FROM STDIN",
+        ((*whose, i.id, i.sha256, i.filename, i.format, i.width, i.height, i.bytes) for i in images),
     )
     _copy(
         session,

@@ -19,17 +19,18 @@ depends_on: Sequence[str] | None = None
 
 _DEFAULT_TENANT = "00000000-0000-0000-0000-000000000001"
 _SETTING = "nullif(current_setting('kindred.tenant', true), '')"
+# As a subquery it is evaluated once, where a function would be called for every row.
+_TENANT = f"(SELECT {_SETTING}::uuid)"
 _THIS_TENANT = f"coalesce({_SETTING}, '{_DEFAULT_TENANT}')::uuid"
 _MOMENT = postgresql.TIMESTAMP(timezone=True)
 
 # Which rows a tenant sees. A policy that asks another table is asked through that table's own policy.
 _VISIBLE = {
-    "tenants": f"id = {_SETTING}::uuid",
-    **dict.fromkeys(("api_keys", "web_sessions", "collections", "idempotency_keys"), f"tenant_id = {_SETTING}::uuid"),
-    **{
-        table: f"EXISTS (SELECT FROM collections c WHERE c.id = {table}.collection_id)"
-        for table in ("uploads", "images", "runs")
-    },
+    "tenants": f"id = {_TENANT}",
+    **dict.fromkeys(
+        ("api_keys", "web_sessions", "idempotency_keys", "collections", "uploads", "images", "runs"),
+        f"tenant_id = {_TENANT}",
+    ),
     **{
         table: f"EXISTS (SELECT FROM uploads u WHERE u.id = {table}.upload_id)"
         for table in ("upload_parts", "upload_files")
@@ -39,6 +40,8 @@ _VISIBLE = {
         for table in ("clusters", "representatives", "assignments")
     },
 }
+
+_IN_COLLECTIONS = ("uploads", "images", "runs")
 
 # What the API does, and nothing more. `FOR UPDATE` asks for the right to update some column.
 _GRANTS = (
@@ -172,12 +175,25 @@ def _create_keys() -> None:
 
 def _give_rows_a_tenant() -> None:
     """A default that is the same for every row costs no rewriting of the table."""
-    for table in ("collections", "idempotency_keys"):
+    for table in ("collections", "idempotency_keys", *_IN_COLLECTIONS):
         op.add_column(table, sa.Column("tenant_id", sa.Uuid(), server_default=_DEFAULT_TENANT, nullable=False))
         op.alter_column(table, "tenant_id", server_default=sa.text(_THIS_TENANT))
+    for table in ("collections", "idempotency_keys"):
         op.create_foreign_key(
             op.f(f"fk_{table}_tenant_id_tenants"), table, "tenants", ["tenant_id"], ["id"], ondelete="CASCADE"
         )
+    op.create_unique_constraint(op.f("uq_collections_id_tenant_id"), "collections", ["id", "tenant_id"])
+    for table in _IN_COLLECTIONS:
+        op.drop_constraint(f"fk_{table}_collection_id_collections", table)
+        op.create_foreign_key(
+            op.f(f"fk_{table}_collection_id_collections"),
+            table,
+            "collections",
+            ["collection_id", "tenant_id"],
+            ["id", "tenant_id"],
+            ondelete="CASCADE",
+        )
+    op.create_index("ix_runs_tenant_id_state", "runs", ["tenant_id", "state"])
     op.drop_constraint("pk_idempotency_keys", "idempotency_keys")
     op.create_primary_key(op.f("pk_idempotency_keys"), "idempotency_keys", ["tenant_id", "key"])
     op.create_index("ix_collections_tenant_id_created_at_id", "collections", ["tenant_id", "created_at", "id"])
@@ -200,6 +216,15 @@ def downgrade() -> None:
     op.drop_constraint("pk_idempotency_keys", "idempotency_keys")
     op.execute(f"DELETE FROM idempotency_keys WHERE tenant_id <> '{_DEFAULT_TENANT}'")
     op.create_primary_key(op.f("pk_idempotency_keys"), "idempotency_keys", ["key"])
+    op.drop_index("ix_runs_tenant_id_state", table_name="runs")
+    for table in _IN_COLLECTIONS:
+        op.drop_constraint(f"fk_{table}_collection_id_collections", table)
+        op.create_foreign_key(
+            op.f(f"fk_{table}_collection_id_collections"), table, "collections", ["collection_id"], ["id"],
+            ondelete="CASCADE",
+        )  # fmt: skip
+        op.drop_column(table, "tenant_id")
+    op.drop_constraint("uq_collections_id_tenant_id", "collections")
     for table in ("collections", "idempotency_keys"):
         op.drop_constraint(f"fk_{table}_tenant_id_tenants", table)
         op.drop_column(table, "tenant_id")

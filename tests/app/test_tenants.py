@@ -6,7 +6,7 @@ import uuid
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from app import storage
 from app.db.session import API_ROLE, open_session, tenant_session
@@ -195,13 +195,19 @@ def test_the_role_may_not_do_what_the_api_does_not(database: None, statement: st
 
 
 def test_a_run_cannot_be_hung_on_another_tenant_s_collection(api: TestClient, theirs: dict[str, str]):
-    """Foreign keys look past row-level security; the policies of the tables do not."""
+    """Foreign keys look past row-level security, so they ask whose it is as well."""
     with open_session() as session:
         other = tenants.named(session, "other").id
         session.commit()
-    insert = text("INSERT INTO runs (id, collection_id, parameters) VALUES (gen_random_uuid(), :collection, '{}')")
-    with tenant_session(other) as session, pytest.raises(ProgrammingError, match="row-level security"):
-        session.execute(insert, {"collection": theirs["collection_id"]})
+    insert = text(
+        "INSERT INTO runs (id, tenant_id, collection_id, parameters) VALUES (gen_random_uuid(), :tenant, :c, '{}')"
+    )
+    for tenant, error, words in (
+        (other, IntegrityError, "fk_runs_collection_id_collections"),
+        (DEFAULT_TENANT, ProgrammingError, "row-level security"),
+    ):
+        with tenant_session(other) as session, pytest.raises(error, match=words):
+            session.execute(insert, {"tenant": tenant, "c": theirs["collection_id"]})
 
 
 def test_what_is_written_for_no_tenant_goes_to_none_through_the_api(database: None):
