@@ -20,6 +20,7 @@ from app.client import Client, ClientError, Payload, payload_of
 from app.config import Settings
 from app.db.migrate import upgrade
 from app.errors import KindredError
+from app.keys_cli import keys_cli
 from app.sample import DIGITS, write_digits
 from app.services.parameters import BACKBONES, MAX_CLUSTERS, MIN_CLUSTERS, Method, Parameters, Train
 from app.up import running_service, running_url
@@ -31,6 +32,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="Groups an image collection by what the pictures show, without labels.",
 )
+cli.add_typer(keys_cli, name="keys")
 console = Console()
 messages = Console(stderr=True)
 
@@ -132,7 +134,7 @@ def cluster(
     }
     _check(fields)
     payload = payload_of(source)
-    with _service(server) as url, Client(url) as client:
+    with _service(server) as url, _client(url) as client:
         _cluster(client, payload, fields, output)
 
 
@@ -149,7 +151,7 @@ def demo(
     folder = settings.data_dir / "demo"
     payload = payload_of(images or write_digits(folder / "digits"))
     fields = {"clusters": clusters or DIGITS, "truth": "folder" if images is None else None}
-    with _service(None) as url, Client(url) as client:
+    with _service(None) as url, _client(url) as client:
         run = _cluster(client, payload, fields, folder / "labels.csv")
         page = f"{url}/runs/{run['id']}"
         if os.environ.get("KINDRED_DEMO_EXIT") == "1":
@@ -190,6 +192,11 @@ def _service(server: str | None) -> Iterator[str]:
     messages.print("Starting PostgreSQL, Valkey, the API and the workers …")
     with running_service(settings) as own:
         yield own
+
+
+def _client(url: str) -> Client:
+    key = Settings().api_key
+    return Client(url, None if key is None else key.get_secret_value())
 
 
 def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: Path) -> dict[str, Any]:

@@ -91,9 +91,11 @@ def _read(path: Path) -> Iterator[bytes]:
 class Client:
     """Kindred over HTTP. Raises `ClientError` for whatever keeps an answer from coming."""
 
-    def __init__(self, server: str) -> None:
+    def __init__(self, server: str, key: str | None = None) -> None:
+        """`key`: where the service asks for one. It goes to this server only: redirects are not followed."""
         self.server = server.rstrip("/")
-        self._http = httpx.Client(base_url=self.server, timeout=httpx.Timeout(60, read=600))
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._http = httpx.Client(base_url=self.server, headers=headers, timeout=httpx.Timeout(60, read=600))
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +105,8 @@ class Client:
 
     def cluster(self, payload: Payload, fields: dict[str, str], sent: Callable[[int], None]) -> dict[str, Any]:
         """Send the one-shot request; `sent` hears how many bytes have left. The new run."""
+        # A service that refuses an upload closes the connection, and we would still be sending.
+        self.get("/v1/collections", limit=1)
         boundary = f"kindred-{uuid.uuid4().hex}"
         head = io.BytesIO()
         for name, value in fields.items():
@@ -189,6 +193,8 @@ class Client:
             answer = self._http.request(method, path, **kwargs)
         except httpx.HTTPError as error:
             raise ClientError(f"{self.server} cannot be reached: {error or type(error).__name__}") from error
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            raise ClientError(f"{_detail(answer)} Set KINDRED_API_KEY to a key of {self.server}.")
         if answer.is_error:
             raise ClientError(_detail(answer))
         found: dict[str, Any] = answer.json()

@@ -29,7 +29,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import URL
 
-from app.data_folder import owned_folder
+from app.data_folder import owned_folder, owner
 from app.privileges import identity_of
 from app.processes import Child, Identity, Output, StartError, Supervisor, launch_command
 
@@ -71,6 +71,34 @@ def running_servers(data_dir: Path) -> Iterator[ServerUrls]:
         postgres, valkey = postgres_server(folder.path), valkey_server(folder.path)
         start_servers(supervisor, [postgres, valkey])
         yield ServerUrls(database_url=postgres.url, broker_url=valkey.url)
+
+
+@contextmanager
+def running_postgres(data_dir: Path) -> Iterator[str]:
+    """The URL of the PostgreSQL that runs on a data folder, or else of one for as long as the context lasts."""
+    data_dir = data_dir.expanduser().resolve()
+    if owner(data_dir) is not None:
+        sockets = next(
+            (run / "postgres" for run in _run_folders(data_dir) if (run / "postgres" / _SOCKET).exists()), None
+        )
+        if sockets is None:
+            raise StartError(f"Kindred is starting on the data folder {data_dir}; try again in a moment")
+        yield _postgres_url(sockets)
+        return
+    with (
+        owned_folder(data_dir) as folder,
+        Output.to_file(folder.path / "logs" / "servers.log") as output,
+        sockets_removed(folder.path),
+        Supervisor(output) as supervisor,
+    ):
+        postgres = postgres_server(folder.path)
+        start_servers(supervisor, [postgres])
+        yield postgres.url
+
+
+def has_cluster(data_dir: Path) -> bool:
+    """Whether there is a database in the data folder already."""
+    return (data_dir.expanduser() / "postgres" / "PG_VERSION").exists()
 
 
 @contextmanager
@@ -152,9 +180,7 @@ def postgres_server(data_dir: Path) -> Server:
         death_signal=signal.SIGINT,
         before_start=partial(_clear_postgres, cluster, sockets, mark),
     )
-    place = {"host": str(sockets), "port": "5432"}
-    url = URL.create("postgresql+psycopg", username=_ROLE, database=_DATABASE, query=place)
-    return Server(child=child, url=url.render_as_string(hide_password=False), ask=partial(_ask_postgres, sockets))
+    return Server(child=child, url=_postgres_url(sockets), ask=partial(_ask_postgres, sockets))
 
 
 def valkey_server(data_dir: Path) -> Server:
@@ -191,6 +217,12 @@ proc-title-template "{{title}} {mark}"
         url=f"redis+socket://:{password}@{socket}",
         ask=partial(_ask_valkey, socket, password),
     )
+
+
+def _postgres_url(sockets: Path) -> str:
+    place = {"host": str(sockets), "port": "5432"}
+    url = URL.create("postgresql+psycopg", username=_ROLE, database=_DATABASE, query=place)
+    return url.render_as_string(hide_password=False)
 
 
 def _folder_of(package: str) -> Path:

@@ -16,9 +16,11 @@ from sqlalchemy.exc import OperationalError
 from app.config import Settings
 from app.data_folder import OwnedFolder, owned_folder, owner
 from app.db.migrate import upgrade
-from app.embedded import ServerUrls, postgres_server, sockets_removed, start_servers, valkey_server
+from app.db.session import session_of
+from app.embedded import ServerUrls, has_cluster, postgres_server, sockets_removed, start_servers, valkey_server
 from app.errors import KindredError
 from app.processes import Child, Output, StartError, Supervisor, signals_interrupt
+from app.services import keys
 
 __all__ = ["StartError", "running_service", "running_url", "up"]
 
@@ -37,6 +39,7 @@ def up(settings: Settings, *, ready: Callable[[str], None] | None = None, quiet:
         with signals_interrupt(), _service(settings, quiet=quiet) as (url, supervisor):
             if not quiet:
                 _say(f"Kindred is ready: {url}", sys.stdout)
+                _say(_who_may_enter(settings), sys.stdout)
             if ready:
                 ready(url)
             try:
@@ -68,6 +71,8 @@ def running_url(data_dir: Path) -> str | None:
 @contextmanager
 def _service(settings: Settings, *, quiet: bool) -> Iterator[tuple[str, Supervisor]]:
     url = _url(settings)
+    if not _is_loopback(settings.host) and settings.database_url is None and not has_cluster(settings.data_dir):
+        raise _keyless(settings.host)  # before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(owned_folder(settings.data_dir))
         folder.announce(url=url)
@@ -78,6 +83,8 @@ def _service(settings: Settings, *, quiet: bool) -> Iterator[tuple[str, Supervis
         supervisor = stack.enter_context(Supervisor(output))
         urls = _servers(settings, folder, supervisor)
         _migrate(urls.database_url)
+        if not _is_loopback(settings.host) and not _has_keys(urls.database_url):
+            raise _keyless(settings.host)
         supervisor.start(*_children(settings, folder.path, urls))
         _await_ready(url, supervisor)
         folder.announce(url=url, ready=True)
@@ -91,18 +98,40 @@ def _say(text: str, stream: TextIO) -> None:
 
 
 def _url(settings: Settings) -> str:
+    """Where this machine reaches the API."""
+    host = settings.host
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:  # every address of the machine, this one among them
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        host = f"[{address}]" if address.version == 6 else str(address)
+    return f"http://{host}:{settings.port}"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
     try:
-        address = ipaddress.ip_address(settings.host)
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        if settings.host == "localhost":
-            return f"http://localhost:{settings.port}"
-        address = None
-    if address is None or not address.is_loopback:
-        raise StartError(
-            f"{settings.host} is not an address of this machine alone, and there are no keys yet: "
-            "Kindred listens on 127.0.0.1 only"
-        )
-    return f"http://[{address}]:{settings.port}" if address.version == 6 else f"http://{address}:{settings.port}"
+        return host == "localhost"
+
+
+def _has_keys(database_url: str) -> bool:
+    with session_of(database_url) as session:
+        return keys.exist(session)
+
+
+def _keyless(host: str) -> StartError:
+    return StartError(
+        f"{host} is not an address of this machine alone, and there is no key yet: make one with "
+        "`kindred keys create NAME`, or leave KINDRED_HOST at 127.0.0.1"
+    )
+
+
+def _who_may_enter(settings: Settings) -> str:
+    if not _is_loopback(settings.host):
+        return "Other machines reach it, over HTTP without encryption; every request needs a key."
+    return "It answers this machine only. Until `kindred keys create NAME` makes a key, it asks for none."
 
 
 def _check_port(host: str, port: int) -> None:
@@ -171,7 +200,10 @@ def _children(settings: Settings, data_dir: Path, urls: ServerUrls) -> list[Chil
 def _environment(settings: Settings, urls: ServerUrls) -> dict[str, str]:
     """Our environment, and every setting as we have it: the caller's need not come from the environment."""
     given = {name: value for name, value in os.environ.items() if not name.startswith("KINDRED_")}
-    values = settings.model_dump() | {"database_url": urls.database_url, "broker_url": urls.broker_url}
+    values = settings.model_dump(exclude={"api_key"}) | {
+        "database_url": urls.database_url,
+        "broker_url": urls.broker_url,
+    }
     ours = {
         # Children run in the data folder, so that nobody's `app` folder gets in the way.
         f"KINDRED_{name.upper()}": str(value.expanduser().resolve() if isinstance(value, Path) else value)

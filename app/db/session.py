@@ -1,9 +1,11 @@
 """One engine a process; whoever opens a session commits it."""
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from app.config import settings
@@ -40,6 +42,17 @@ def open_session() -> Session:
     It sees everything, so it is for workers and for whoever runs the service. A request gets `tenant_session`.
     """
     return _factory()()
+
+
+@contextmanager
+def session_of(database_url: str) -> Iterator[Session]:
+    """A session like that of `open_session`, on a connection of its own; for the command line."""
+    own = create_engine(database_url, poolclass=NullPool, connect_args={"connect_timeout": 5})
+    try:
+        with Session(own, expire_on_commit=False) as session:
+            yield session
+    finally:
+        own.dispose()
 
 
 def tenant_session(tenant_id: uuid.UUID | None) -> Session:

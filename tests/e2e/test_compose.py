@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,6 +214,17 @@ def is_healthy(name: str) -> bool:
     return subprocess.run(["/bin/sh", "-c", test], timeout=3).returncode == 0
 
 
+def first_key(environment: dict[str, str]) -> str:
+    """By the command that the file's head names, in the environment of the API."""
+    said = re.search(r"docker compose run --rm api (kindred keys create .*)", TEXT)
+    assert said
+    kindred, *arguments = shlex.split(said[1])
+    program = Path(sys.executable).with_name(kindred)
+    made = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0, made.stderr
+    return made.stdout.strip()
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("service")
 def test_its_commands_do_the_whole_job(servers: ServerUrls, database: None, tmp_path: Path):
@@ -224,7 +236,7 @@ def test_its_commands_do_the_whole_job(servers: ServerUrls, database: None, tmp_
     }
     clean = {name: value for name, value in os.environ.items() if not name.startswith("KINDRED_")}
     environment = {name: clean | SERVICES[name]["environment"] | ours for name in OURS}
-    assert ours.keys() == SERVICES["api"]["environment"].keys()
+    assert {*ours, "KINDRED_REQUIRE_KEYS"} == SERVICES["api"]["environment"].keys()
     port = free_port()
 
     with started("migrate", environment["migrate"], port, tmp_path / "migrate.log") as migrate:
@@ -236,6 +248,8 @@ def test_its_commands_do_the_whole_job(servers: ServerUrls, database: None, tmp_
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http,
     ):
         await_ready(http, tmp_path / "api.log")
+        assert http.get("/v1/collections").status_code == httpx.codes.UNAUTHORIZED
+        http.headers["Authorization"] = f"Bearer {first_key(environment['api'])}"
         sent = http.post(
             "/v1/cluster",
             files={"file": ("p.zip", zip_of(two_kinds(40)))},

@@ -91,6 +91,8 @@ def test_it_starts_heals_and_stops_without_a_trace(tmp_path: Path):
         assert httpx.get(f"{url}/readyz").status_code == 200
         assert running_url(data_dir) == url
 
+        assert "It answers this machine only." in output.read_text()
+
         second = run_up(data_dir, free_port())
         assert second.returncode == 1
         assert second.stdout == ""
@@ -160,6 +162,44 @@ def test_only_this_machine_may_call(tmp_path: Path, host: str):
     ):
         pass
     assert not (tmp_path / "var").exists()
+
+
+def kindred(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [KINDRED, *arguments], env=environment(data_dir, 8000), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_with_a_key_it_may_listen_to_other_machines(tmp_path: Path):
+    data_dir, port = tmp_path / "var", free_port()
+    output = tmp_path / "out.txt"
+    first = kindred(data_dir, "keys", "create", "first", "--scope", "admin").stdout.strip()  # nothing runs yet
+    with kindred_up(data_dir, port, KINDRED_HOST="0.0.0.0", KINDRED_API_KEY="not for the children") as process:  # noqa: S104
+        wait_for(lambda: "Kindred is ready" in output.read_text())
+        assert "every request needs a key" in output.read_text()
+        for host in ("127.0.0.1", socket.gethostbyname(socket.gethostname())):
+            url = f"http://{host}:{port}/v1/keys"
+            assert httpx.get(url).status_code == 401
+            assert httpx.get(url, headers={"Authorization": f"Bearer {first}"}).status_code == 200
+        children = [Path(f"/proc/{pid}/environ").read_bytes() for pid in processes_of(data_dir) if pid != process.pid]
+        assert children
+        assert not [words for words in children if b"KINDRED_API_KEY" in words]
+
+        # Of the service that runs.
+        second = kindred(data_dir, "keys", "create", "second", "--tenant", "acme").stdout.strip()
+        listed = kindred(data_dir, "keys", "list").stdout
+        assert [first[8:24] in listed, second[8:24] in listed, "acme" in listed] == [True, True, True]
+        assert first not in listed
+        collections = f"http://127.0.0.1:{port}/v1/collections"
+        headers = {"Authorization": f"Bearer {second}"}
+        assert httpx.get(collections, headers=headers).json()["items"] == []
+        assert kindred(data_dir, "keys", "revoke", second[:24]).returncode == 0
+        assert httpx.get(collections, headers=headers).status_code == 401
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    said = output.read_text() + (data_dir / "logs" / "servers.log").read_text()
+    assert first[25:] not in said
+    assert second[25:] not in said
 
 
 def test_servers_of_one_s_own_are_used_and_left_running(tmp_path: Path):
