@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, normalize, softmax
+from torch.nn.functional import normalize, softmax
 
 from models import space, starts
-from models.assign import Assignment, assign, concatenate, matching
+from models.committee import Committee
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
 from models.scl import (
@@ -32,6 +32,8 @@ from models.scl import (
 )
 
 EPOCHS = 8
+# Times that clusters which the answer leaves empty are given images; what is empty after that is reported.
+REFILLS = 3
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
 
@@ -50,6 +52,10 @@ class HeadConfig(SclConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
+
+    def drawn(self, images: int, clusters: int) -> int:
+        """Images that an epoch looks at."""
+        return min(images, max(self.epoch_images, 64 * clusters))
 
 
 def train(
@@ -85,14 +91,27 @@ def train(
             yield Step(done=done, total=restarts * epochs, details=details)
         trained[-1].end()
 
-    committee = Committee(trained, z_SD, config=config)
+    committee = Committee(
+        z_SD,
+        projection_RDD=torch.cat([heads.projection_RDD.detach() for heads in trained]),
+        centres_RKD=torch.cat([heads.centres_RKD.detach() for heads in trained]),
+        labels_RS=np.concatenate([heads.labels_RS for heads in trained]),
+        scores=[value for heads in trained for value in heads.scores],
+        images_each=config.drawn(len(z_SD), clusters) / clusters,
+        config=config,
+    )
     neighbours_NM = neighbours_SM
     if len(z_SD) < len(z_ND):
         # An image of the sample that finds itself among its neighbours has one vote in some more.
         found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1])
         neighbours_NM = torch.from_numpy(found_NM).to(device)
+    assignment = committee.answer(z_ND, neighbours_NM)
+    for _ in range(REFILLS):
+        if not committee.refill(assignment.labels_N[sample_S.cpu().numpy()]):
+            break
+        assignment = committee.answer(z_ND, neighbours_NM)
     return Fit(
-        assignment=committee.answer(z_ND, neighbours_NM),
+        assignment=assignment,
         x_ND=normalize(z_ND @ committee.projection_RDD[committee.reference], dim=1).cpu().numpy(),
         model={
             "mean": axes.mean_F.numpy(),
@@ -101,7 +120,7 @@ def train(
             "centres": committee.centres_RKD.cpu().numpy(),
             "boundary_temperature": np.array([config.boundary_temperature], np.float32),
         },
-        scores=[value for heads in trained for value in heads.scores],
+        scores=committee.scores,
         restarts_agreement=agreement(list(committee.labels_RS)),
     )
 
@@ -156,7 +175,7 @@ class Heads:
     def epoch(self, begin: float, end: float) -> dict[str, float]:
         """One pass over a part of the sample; `begin` and `end` are shares of the whole training."""
         n, clusters, config = len(self.z_SD), self.centres_RKD.shape[1], self.config
-        drawn = min(n, max(config.epoch_images, 64 * clusters))
+        drawn = config.drawn(n, clusters)
         x_RSD = self.refresh()  # images that were not drawn must not keep the memory of an older head
         order = [torch.randperm(n, generator=generator)[:drawn].to(self.z_SD.device) for generator in self.generators]
         weights = [self.neighbour_weights(x_SD, rows_B) for x_SD, rows_B in zip(x_RSD, order, strict=True)]
@@ -227,7 +246,7 @@ class Heads:
             p_SK = torch.cat(
                 [
                     similarity_prediction(weights_SM[rows_B], q_SK[self.neighbours_SM[rows_B]])
-                    for rows_B in blocks(len(q_SK), space.BLOCK // 4)
+                    for rows_B in space.blocks(len(q_SK), space.BLOCK // 4)
                 ]
             )
             self.scores.append(float(score(p_SK, q_SK)))
@@ -242,61 +261,3 @@ def draw(images: int, most: int, *, seed: int) -> Tensor:
         return torch.arange(images)
     generator = torch.Generator().manual_seed(seed_of(seed, 2**20))
     return torch.randperm(images, generator=generator)[:most].sort().values
-
-
-def central(labels_RS: np.ndarray, scores: list[float]) -> int:
-    """The restart with the largest sum of its score and of its mean adjusted Rand index to the others."""
-    alike = [np.mean([agreement([one, other]) or 0.0 for other in labels_RS]) for one in labels_RS]
-    return int(np.argmax(np.add(scores, alike)))
-
-
-class Committee:
-    """All restarts' heads, which answer together in the numbers of the most central of them."""
-
-    def __init__(self, heads: list[Heads], z_SD: Tensor, *, config: HeadConfig) -> None:
-        self.config = config
-        self.labels_RS = np.concatenate([own.labels_RS for own in heads])
-        self.reference = central(self.labels_RS, [value for own in heads for value in own.scores])
-        self.projection_RDD = torch.cat([own.projection_RDD.detach() for own in heads])
-        centres_RKD = torch.cat([own.centres_RKD.detach() for own in heads])
-        clusters = centres_RKD.shape[1]
-        aligned = [
-            normalize(centres_KD[matching(self.labels_RS[self.reference], labels_S, clusters)], dim=1)
-            for centres_KD, labels_S in zip(centres_RKD, self.labels_RS, strict=True)
-        ]
-        self.centres_RKD = torch.stack(aligned)
-        self.memory_RSD = normalize(z_SD @ self.projection_RDD, dim=2)
-
-    @torch.no_grad()
-    def answer(self, z_ND: Tensor, neighbours_NM: Tensor) -> Assignment:
-        """The consensus: each prediction is the normalised geometric mean of the heads'.
-
-        Args:
-            z_ND: images in the space of the features.
-            neighbours_NM: of each, in the memory.
-
-        """
-        restarts, clusters = self.centres_RKD.shape[:2]
-        block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * clusters)))
-        parts = []
-        for rows_B in blocks(len(z_ND), block):
-            log_p_BK = log_q_BK = torch.zeros((), device=z_ND.device)
-            for memory_SD, projection_DD, centres_KD in zip(
-                self.memory_RSD, self.projection_RDD, self.centres_RKD, strict=True
-            ):
-                x_BD = normalize(z_ND[rows_B] @ projection_DD, dim=1)
-                log_q_BK = log_q_BK + log_softmax(self.logits(x_BD, centres_KD), dim=1)
-                memory_BMD = memory_SD[neighbours_NM[rows_B]]
-                weights_BM = similarity_weights(x_BD, memory_BMD, temperature=self.config.similarity_temperature)
-                said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
-                log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
-            p_BK, q_BK = softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
-            parts.append(assign(p_BK, q_BK, rule=self.config.rule))
-        return concatenate(parts)
-
-    def logits(self, x_BD: Tensor, centres_KD: Tensor) -> Tensor:
-        return boundary_logits(x_BD, centres_KD, temperature=self.config.boundary_temperature)
-
-
-def blocks(images: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, images, size)]

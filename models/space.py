@@ -62,6 +62,10 @@ def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> 
     return Space(mean_F=mean_F, axes_FD=(main_FD * scale_D).contiguous())
 
 
+def blocks(images: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, images, size)]
+
+
 def unit_blocks(features_NF: np.ndarray) -> Iterator[Tensor]:
     """The features as float32 on the unit sphere, some thousand rows at a time."""
     for start in range(0, len(features_NF), BLOCK):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models import metrics, representatives
-from models.assign import assign, by_size, matching
+from models.assign import assign, by_size, calibrated_temperature, matching
 from models.fit import agreement, seed_of
 
 
@@ -133,3 +133,19 @@ def test_a_cluster_is_shown_by_its_own_members(labels):
     for cluster, rows in enumerate(representatives.choose(x_ND, labels_N, typicality_N, 4)):
         assert len(rows) == len(set(rows)) == min(12, labels.count(cluster))
         assert all(labels[row] == cluster for row in rows)
+
+
+def test_the_temperature_moves_confidence_and_no_image():
+    generator = torch.Generator().manual_seed(0)
+    p_BK, q_BK = torch.rand(50, 4, generator=generator).softmax(1), torch.rand(50, 4, generator=generator).softmax(1)
+    plain, sure = assign(p_BK, q_BK), assign(p_BK, q_BK, temperature=0.5)
+    assert np.array_equal(plain.labels_N, sure.labels_N)
+    # At half the temperature the geometric mean is squared: the product of both, normalised.
+    product_BK = p_BK * q_BK
+    expected_B = (product_BK.amax(dim=1) / product_BK.sum(dim=1)).numpy()
+    np.testing.assert_allclose(sure.confidence_N, expected_B, rtol=1e-5)
+
+
+def test_the_temperature_is_that_of_the_law_and_falls_where_both_predictions_agree():
+    assert calibrated_temperature(0.095, 100) == pytest.approx(0.41 * 0.1**0.44 * 100**0.38)
+    assert calibrated_temperature(0.0, 100) < calibrated_temperature(0.1, 100) < calibrated_temperature(0.1, 200)

@@ -2,11 +2,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
-from models import heads, starts
+from models import heads, space, starts
+from models.committee import Committee
 from models.heads import HeadConfig
 from tests.models.conftest import finish
 
@@ -81,6 +83,47 @@ def test_clusters_of_the_restarts_have_the_same_numbers(blobs):
     assert centres_RKD.shape[:2] == (4, 6)
     nearest = (centres_RKD @ centres_RKD[0].T).argmax(axis=2)
     assert (nearest == np.arange(6)).all()
+
+
+def test_an_empty_cluster_gets_half_of_the_widest(blobs):
+    features_NF, class_N = blobs  # 240 images in 6 groups
+    axes = space.fit(features_NF, dimensions=12)
+    z_ND = axes.project(features_NF)
+    centres_KD = torch.stack([z_ND[class_N == k].mean(dim=0) for k in np.unique(class_N)])
+    away_1D = -centres_KD[:1]  # no image is near: the seventh cluster is empty
+    committee = Committee(
+        z_ND,
+        projection_RDD=torch.eye(z_ND.shape[1])[None],
+        centres_RKD=torch.cat([centres_KD, away_1D])[None],
+        labels_RS=class_N[None],
+        scores=[0.0],
+        images_each=40,
+        config=HeadConfig(),
+    )
+    neighbours_NM = torch.from_numpy(space.nearest(z_ND.numpy(), 5))
+    before_N = committee.answer(z_ND, neighbours_NM).labels_N
+    assert set(before_N) == set(range(6))
+    assert committee.refill(before_N)
+    after_N = committee.answer(z_ND, neighbours_NM).labels_N
+    assert set(after_N) == set(range(7))
+    halves = set(before_N[after_N == 6])
+    assert len(halves) == 1  # all from one cluster, of which the rest stayed
+    assert (after_N[~np.isin(before_N, list(halves))] == before_N[~np.isin(before_N, list(halves))]).all()
+    assert not committee.refill(after_N)
+
+
+def test_equal_images_cannot_fill_a_cluster():
+    z_ND = torch.eye(4)[:2].repeat_interleave(10, dim=0)
+    committee = Committee(
+        z_ND,
+        projection_RDD=torch.eye(4)[None],
+        centres_RKD=torch.eye(4)[None, :3],
+        labels_RS=np.repeat([0, 1], 10)[None],
+        scores=[0.0],
+        images_each=40,
+        config=HeadConfig(),
+    )
+    assert not committee.refill(np.repeat([0, 1], 10))
 
 
 def test_pieces_are_merged_as_ward_merges_their_images():

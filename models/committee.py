@@ -1,0 +1,133 @@
+"""All restarts of a head, which answer together: `docs/decisions/0007-all-restarts-answer.md` says why.
+
+Letters in shapes: N images, S of them that the heads were trained on, B of some, K clusters, D dimensions,
+M neighbours, R restarts.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, normalize, softmax
+
+from models import space
+from models.assign import Assignment, assign, calibrated_temperature, concatenate, matching
+from models.fit import agreement
+from models.scl import SclConfig, boundary_logits, similarity_prediction, similarity_weights
+
+SPLIT_ROUNDS = 25
+
+
+class Committee:
+    """Restarts whose clusters have the numbers of the most central one.
+
+    Args:
+        z_SD: the images that they were trained on, in the space of the features.
+        projection_RDD: of each restart.
+        centres_RKD: that draw each restart's boundaries.
+        labels_RS: each restart's own grouping.
+        scores: of each restart, higher is better.
+        images_each: images that a cluster saw in an epoch, on average.
+        config: the terms' temperatures and the rule.
+
+    """
+
+    def __init__(
+        self,
+        z_SD: Tensor,
+        *,
+        projection_RDD: Tensor,
+        centres_RKD: Tensor,
+        labels_RS: np.ndarray,
+        scores: list[float],
+        images_each: float,
+        config: SclConfig,
+    ) -> None:
+        self.images_each = images_each
+        self.config, self.labels_RS, self.scores, self.projection_RDD = config, labels_RS, scores, projection_RDD
+        self.reference = central(labels_RS, scores)
+        clusters = centres_RKD.shape[1]
+        aligned = [
+            normalize(centres_KD[matching(labels_RS[self.reference], labels_S, clusters)], dim=1)
+            for centres_KD, labels_S in zip(centres_RKD, labels_RS, strict=True)
+        ]
+        self.centres_RKD = torch.stack(aligned)
+        self.memory_RSD = normalize(z_SD @ projection_RDD, dim=2)
+
+    def answer(self, z_ND: Tensor, neighbours_NM: Tensor) -> Assignment:
+        """The consensus: each prediction is the normalised geometric mean of the heads'.
+
+        Args:
+            z_ND: images in the space of the features.
+            neighbours_NM: of each, in the memory.
+
+        """
+        clusters = self.centres_RKD.shape[1]
+        block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * clusters)))
+        some = slice(None, None, -(-len(z_ND) // block))  # at most a block of them
+        p_BK, q_BK = self.predictions(z_ND[some], neighbours_NM[some])
+        differ = float((p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).float().mean())
+        temperature = calibrated_temperature(differ, self.images_each)
+        return concatenate(
+            [
+                assign(
+                    *self.predictions(z_ND[rows_B], neighbours_NM[rows_B]),
+                    rule=self.config.rule,
+                    temperature=temperature,
+                )
+                for rows_B in space.blocks(len(z_ND), block)
+            ]
+        )
+
+    @torch.no_grad()
+    def predictions(self, z_BD: Tensor, neighbours_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """By similarity and by boundary, both of shape (B, K)."""
+        log_p_BK = log_q_BK = torch.zeros((), device=z_BD.device)
+        for memory_SD, projection_DD, centres_KD in zip(
+            self.memory_RSD, self.projection_RDD, self.centres_RKD, strict=True
+        ):
+            x_BD = normalize(z_BD @ projection_DD, dim=1)
+            log_q_BK = log_q_BK + log_softmax(self.logits(x_BD, centres_KD), dim=1)
+            memory_BMD = memory_SD[neighbours_BM]
+            weights_BM = similarity_weights(x_BD, memory_BMD, temperature=self.config.similarity_temperature)
+            said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
+            log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
+        restarts = len(self.projection_RDD)
+        return softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
+
+    def logits(self, x_BD: Tensor, centres_KD: Tensor) -> Tensor:
+        return boundary_logits(x_BD, centres_KD, temperature=self.config.boundary_temperature)
+
+    def refill(self, labels_S: np.ndarray) -> bool:
+        """Give every empty cluster the smaller half of the one whose images lie furthest apart; whether any was.
+
+        Args:
+            labels_S: what the committee answered on the images that it was trained on.
+
+        """
+        clusters = self.centres_RKD.shape[1]
+        labels_S = labels_S.copy()
+        x_SD = self.memory_RSD[self.reference].cpu().numpy()
+        filled = False
+        for empty in np.flatnonzero(np.bincount(labels_S, minlength=clusters) == 0):
+            widest = int(np.argmax([spread(x_SD[labels_S == k]) for k in range(clusters)]))
+            rows_B = np.flatnonzero(labels_S == widest)
+            if len(np.unique(x_SD[rows_B], axis=0)) < 2:  # nothing to split
+                break
+            half_B = space.k_means(x_SD[rows_B], 2, rounds=SPLIT_ROUNDS, seed=0).labels_
+            labels_S[rows_B[half_B == np.bincount(half_B).argmin()]] = empty
+            for k in (widest, empty):
+                own_S = torch.from_numpy(labels_S == k).to(self.memory_RSD.device)
+                self.centres_RKD[:, k] = normalize(self.memory_RSD[:, own_S].mean(dim=1), dim=1)
+            filled = True
+        return filled
+
+
+def central(labels_RS: np.ndarray, scores: list[float]) -> int:
+    """The restart with the largest sum of its score and of its mean adjusted Rand index to the others."""
+    alike = [np.mean([agreement([one, other]) or 0.0 for other in labels_RS]) for one in labels_RS]
+    return int(np.argmax(np.add(scores, alike)))
+
+
+def spread(x_BD: np.ndarray) -> float:
+    """Sum of the squared distances of unit vectors to their mean."""
+    return len(x_BD) - float(np.square(x_BD.sum(axis=0)).sum()) / max(1, len(x_BD))
