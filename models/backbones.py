@@ -30,7 +30,7 @@ def encoder(name: str, *, weights: str | None, image_size: int, threads: int, de
     """The backbone as a function from pixels to features; name and weights as in `networks.network`.
 
     Raises:
-        InputError: an unknown name, or weights that do not fit it.
+        BackboneError: an unknown name, or weights that do not fit it.
 
     """
     network = networks.network(name, weights=weights, image_size=image_size).eval()

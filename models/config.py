@@ -17,6 +17,10 @@ class InputError(ValueError):
     """A bad setting or a collection that cannot be grouped; the message is for the user."""
 
 
+class BackboneError(InputError):
+    """A backbone that is unknown, or weights that are missing or do not fit it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """What a method does where the user says nothing."""
@@ -97,9 +101,11 @@ def check_backbone(name: str, weights: str | None) -> None:
     if not re.fullmatch(r"timm/[A-Za-z0-9_.]+", name):
         check_choice("backbone", name, (*BACKBONES, "timm/NAME"))
     if weights is None and name not in PRETRAINED:
-        raise InputError(f"backbone {name!r} comes without weights; name a weights file, or 'random' to train in full")
+        raise BackboneError(
+            f"backbone {name!r} comes without weights; name a weights file, or 'random' to train in full"
+        )
     if weights not in (None, "random") and not Path(weights).is_file():
-        raise InputError(f"weights is {weights!r}; there is no such file")
+        raise BackboneError(f"weights is {weights!r}; there is no such file")
 
 
 def check_range(name: str, value: int | None, least: int, most: int) -> None:

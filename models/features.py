@@ -56,7 +56,7 @@ def extract(
 
     Raises:
         UnreadableImageError: a source cannot be decoded.
-        InputError: the weights do not fit the backbone.
+        BackboneError: the weights do not fit the backbone.
 
     """
     cache = None

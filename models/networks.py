@@ -20,7 +20,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from models.config import BACKBONES, InputError
+from models.config import BACKBONES, BackboneError
 
 Colour = tuple[float, float, float]
 
@@ -102,7 +102,7 @@ def network(name: str, *, weights: str | None, image_size: int) -> Network:
         image_size: pixels a side; decides a ResNet's stem, an EfficientNet's padding, a transformer's positions.
 
     Raises:
-        InputError: an unknown name, or a weights file that is missing, damaged or of another architecture.
+        BackboneError: an unknown name, or a weights file that is missing, damaged or of another architecture.
 
     """
     check_name(name)
@@ -144,7 +144,7 @@ def timm_network(name: str, *, image_size: int) -> tuple[Network, Sequence[str]]
             settings["img_size"] = image_size
         body = timm.create_model(short, pretrained=False, num_classes=0, **settings)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"backbone {name!r} cannot be built for {image_size} pixels: {one_line(error)}") from error
+        raise BackboneError(f"backbone {name!r} cannot be built for {image_size} pixels: {one_line(error)}") from error
     described_as: Any = body.pretrained_cfg
     classifier = described_as.get("classifier") or ()
     size: Any = getattr(body, "head_hidden_size", None) or body.num_features
@@ -185,9 +185,9 @@ def check_name(name: str) -> None:
         if not timm.is_model(short):
             near = difflib.get_close_matches(short, timm.list_models(), n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise InputError(f"backbone {name!r} is unknown to timm{hint}")
+            raise BackboneError(f"backbone {name!r} is unknown to timm{hint}")
     elif name not in BACKBONES:
-        raise InputError(f"backbone {name!r} is unknown; known are: {', '.join(BACKBONES)}, timm/NAME")
+        raise BackboneError(f"backbone {name!r} is unknown; known are: {', '.join(BACKBONES)}, timm/NAME")
 
 
 def weights_path(name: str, weights: str | None) -> Path | None:
@@ -196,10 +196,12 @@ def weights_path(name: str, weights: str | None) -> Path | None:
         return None
     if weights is not None:
         if not Path(weights).is_file():
-            raise InputError(f"weights is {weights!r}; there is no such file")
+            raise BackboneError(f"weights is {weights!r}; there is no such file")
         return Path(weights)
     if name != "efficientnet_lite0":
-        raise InputError(f"backbone {name!r} comes without weights; name a weights file, or 'random' to train in full")
+        raise BackboneError(
+            f"backbone {name!r} comes without weights; name a weights file, or 'random' to train in full"
+        )
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -212,12 +214,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # what torch warns of becomes an error right after
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no tensors can make the readers raise anything
-        raise InputError(f"weights file {path.name} is no file of tensors: {one_line(error)}") from error
+        raise BackboneError(f"weights file {path.name} is no file of tensors: {one_line(error)}") from error
     for nest in NESTS:
         if isinstance(found, Mapping) and isinstance(found.get(nest), Mapping):
             found = found[nest]
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"weights file {path.name} is no file of tensors by their names")
+        raise BackboneError(f"weights file {path.name} is no file of tensors by their names")
     return {str(key).removeprefix("module."): value for key, value in found.items()}
 
 
@@ -238,7 +240,8 @@ def fill(
         try:
             found = dict(adapt(found, into))
         except (KeyError, RuntimeError, ValueError, AttributeError) as error:
-            raise InputError(f"weights file {path.name} does not fit backbone {name!r}: {one_line(error)}") from error
+            detail = f"weights file {path.name} does not fit backbone {name!r}: {one_line(error)}"
+            raise BackboneError(detail) from error
     found = {key: value for key, value in found.items() if not key.startswith(tuple(f"{c}." for c in classifier))}
     wanted = into.state_dict()
     faults = [
@@ -252,7 +255,7 @@ def fill(
     ]
     if faults:
         more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise InputError(f"weights file {path.name} is of another architecture than {name!r}: {faults[0]}{more}")
+        raise BackboneError(f"weights file {path.name} is of another architecture than {name!r}: {faults[0]}{more}")
     into.load_state_dict(found, strict=False)
     return made
 

@@ -27,6 +27,7 @@ import numpy as np
 from app.storage import atomic_write, is_full
 from models import checkpoint
 from models.checkpoint import OtherRun
+from models.config import BackboneError
 from models.features import cores
 from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
@@ -50,7 +51,8 @@ def main() -> int:
             checkpoint.remove(Path(specification["checkpoint"]))
             _train(folder, specification)
     except InputError as error:
-        _tell("error", code="invalid-collection", detail=str(error))
+        code = "invalid-backbone" if isinstance(error, BackboneError) else "invalid-collection"
+        _tell("error", code=code, detail=str(error))
         return EXIT_INPUT_ERROR
     except Stopped:
         _tell("stopped")

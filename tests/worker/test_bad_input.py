@@ -137,7 +137,7 @@ def test_a_backbone_that_cannot_be_loaded(name: str, content: bytes | None, back
     path = weights_folder() / name
     path.write_bytes(content or safetensors.torch.save(SlimResNet().state_dict()))
     found = problem_of(new_run(collection_of(4), backbone=backbone, weights=name, **TINY))
-    assert found["code"] == "invalid-collection"
+    assert found["code"] == "invalid-backbone"
     assert words in found["detail"]
 
 
