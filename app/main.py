@@ -8,6 +8,7 @@ from app.access import Rates
 from app.api import clusters, collections, health, images, keys, labels, problems, runs, uploads
 from app.api.body_limit import BodyLimit
 from app.config import settings
+from app.headers import SecurityHeaders
 from app.logs import configure_logs
 from app.web import pages
 
@@ -21,11 +22,12 @@ read `labels.csv`. Errors are RFC 9457 problem details.
 
 def create_app() -> FastAPI:
     configure_logs()
-    app = FastAPI(title="Kindred", version=version("kindred"), description=_DESCRIPTION, redoc_url=None)
+    app = FastAPI(title="Kindred", version=version("kindred"), description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.rates = Rates(settings().requests_per_minute)
     problems.install(app)
     for module in (collections, uploads, images, runs, clusters, labels, keys, health):
         app.include_router(module.router)
     pages.install(app)
     app.add_middleware(BodyLimit)
+    app.add_middleware(SecurityHeaders)
     return app

@@ -30,7 +30,7 @@ from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Run
 from app.errors import Invalid
-from app.services import jobs, results, runs
+from app.services import jobs, results, runs, tabular
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
 from worker.command import trainer_command
@@ -370,7 +370,7 @@ def _write_levels(attempt: _Attempt, columns: dict[str, list[int]]) -> None:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image_id", "filename", *columns])
         for (image_id, _, filename), *groups in zip(attempt.images, *columns.values(), strict=True):
-            writer.writerow([image_id, filename, *groups])
+            writer.writerow([image_id, tabular.safe(filename), *groups])
         text.detach()
 
 

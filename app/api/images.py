@@ -1,5 +1,4 @@
 import uuid
-from pathlib import PurePosixPath
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
@@ -8,6 +7,7 @@ from app import storage
 from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
+from app.headers import attachment, image_name
 from app.services import images
 
 router = APIRouter(prefix="/v1/images", tags=["images"], route_class=GuardedRoute)
@@ -26,7 +26,7 @@ def get_thumbnail(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse
     return FileResponse(
         storage.thumbnail(image.collection_id, image.sha256),
         media_type="image/jpeg",
-        headers={"Cache-Control": _IMMUTABLE, "X-Content-Type-Options": "nosniff"},
+        headers={"Cache-Control": _IMMUTABLE},
     )
 
 
@@ -41,10 +41,8 @@ def get_original(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse:
     return FileResponse(
         storage.original(image.collection_id, image.sha256),
         media_type="application/octet-stream",
-        filename=PurePosixPath(image.filename).name or image.sha256,
         headers={
             "Cache-Control": _IMMUTABLE,
-            "X-Content-Type-Options": "nosniff",
-            "Content-Security-Policy": "sandbox; default-src 'none'",
+            "Content-Disposition": attachment(image_name(image.filename, image.format)),
         },
     )

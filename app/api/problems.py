@@ -22,6 +22,7 @@ from app.errors import (
     TooMany,
     Unauthenticated,
 )
+from app.headers import HEADERS
 
 log = structlog.get_logger(__name__)
 
@@ -95,7 +96,7 @@ def problem(
     }
     if errors:
         body["errors"] = errors
-    return JSONResponse(body, status_code=status, headers=headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body, status_code=status, headers={**HEADERS, **(headers or {})}, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
 from app.db.session import tenant_of, tenant_session
+from app.headers import attachment
 
 
 def csv_answer(
@@ -31,5 +32,5 @@ def streamed(
         with tenant_session(tenant_id) as own:
             yield from rows(own)
 
-    disposition = {"Content-Disposition": f'attachment; filename="{filename}"'}
+    disposition = {"Content-Disposition": attachment(filename)}
     return StreamingResponse(body(), media_type=media_type, headers={**disposition, **(headers or {})})

@@ -20,7 +20,7 @@ from app.api.streams import csv_answer
 from app.db.session import tenant_session
 from app.db.tables import IdempotencyKey
 from app.errors import Invalid
-from app.services import collections, idempotency, runs, uploads
+from app.services import collections, idempotency, quotas, runs, uploads
 from app.services.parameters import Parameters
 
 router = APIRouter(prefix="/v1", tags=["uploads"], route_class=GuardedRoute)
@@ -120,7 +120,11 @@ async def _receive_and_store(
     def recall() -> IdempotencyKey | None:
         with tenant_session(caller.tenant_id) as session:
             check(session)
-            return idempotency.recall(session, key, request_digest)
+            known = idempotency.recall(session, key, request_digest)
+            if known is None:
+                declared = request.headers.get("content-length", "")
+                quotas.check_room(session, caller.tenant_id, int(declared) if declared.isdecimal() else 0)
+            return known
 
     known = await run_in_threadpool(recall)
     if known is not None:

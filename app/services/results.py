@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.db.tables import Assignment, Cluster, Image, Representative
 from app.errors import NotFound
-from app.services import pages
+from app.services import pages, tabular
 
 LABEL_COLUMNS = (
     "image_id", "filename", "cluster", "cluster_name", "confidence", "runner_up", "margin", "consensus",
@@ -154,15 +154,19 @@ def members(session: Session, run_id: uuid.UUID, number: int, limit: int, cursor
 
 
 def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
-    """Every image's label, straight from PostgreSQL's own COPY, at constant memory."""
+    """Every image's label, straight from PostgreSQL's own COPY, at constant memory. Names are safe for spreadsheets."""
     select_labels = _LABELS.format(run_id=run_id).replace(
         "a.consensus\n", "CASE WHEN a.consensus THEN 'true' ELSE 'false' END AS consensus\n"
     )
+    for column, alias in (("i.filename", "filename"), ("c.name AS cluster_name", "cluster_name")):
+        select_labels = select_labels.replace(column, f"{tabular.safe_sql(column.partition(' ')[0])} AS {alias}", 1)
     driver = session.connection().connection.driver_connection
     assert driver is not None  # noqa: S101 - a live session has one
     with (
         driver.cursor() as cursor,
-        cursor.copy(f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER)") as copy,
+        cursor.copy(
+            f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER, FORCE_QUOTE (filename, cluster_name))"
+        ) as copy,
     ):
         for block in copy:
             yield bytes(block)

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, aliased
 
 from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
 from app.errors import Conflict, Invalid, not_found
-from app.services import collections, images, pages
+from app.services import collections, images, pages, quotas
 from app.services.parameters import Parameters, check_weights, least_images
 
 
@@ -23,7 +23,8 @@ def create(
 ) -> Run:
     """Queue a run. With `after_upload` it starts when that upload is done; else the images must be there."""
     check_weights(parameters.weights)
-    collections.lock(session, collection_id)
+    collection = collections.lock(session, collection_id)
+    quotas.check_queue(session, collection.tenant_id)
     if after_upload is None:
         _check_ready(session, collection_id, parameters.clusters)
     run = Run(

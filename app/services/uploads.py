@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db.tables import Upload, UploadFile, UploadPart
 from app.errors import not_found
-from app.services import collections, pages
+from app.services import collections, pages, quotas, tabular
 
 LEDGER_COLUMNS = ("position", "filename", "bytes", "outcome", "image_id", "reason_code", "reason")
 
@@ -24,8 +24,10 @@ class ReceivedPart:
 
 def create(session: Session, upload_id: uuid.UUID, collection_id: uuid.UUID, parts: list[ReceivedPart]) -> Upload:
     """Queue what was received; the files already lie under `storage.incoming(upload_id)`."""
-    collections.lock(session, collection_id)
-    upload = Upload(id=upload_id, collection_id=collection_id, bytes=sum(part.bytes for part in parts))
+    collection = collections.lock(session, collection_id)
+    size = sum(part.bytes for part in parts)
+    quotas.check_room(session, collection.tenant_id, size)
+    upload = Upload(id=upload_id, collection_id=collection_id, bytes=size)
     session.add(upload)
     session.flush()
     session.add_all(
@@ -80,9 +82,11 @@ def ledger_csv(session: Session, upload_id: uuid.UUID) -> Iterator[str]:
 
 
 def csv_lines(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as RFC 4180 text, a line feed at each end."""
+    """Rows as RFC 4180 text, a line feed at each end; texts are safe for spreadsheets."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    csv.writer(buffer, lineterminator="\n").writerows(
+        [tabular.safe(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    )
     return buffer.getvalue()
 
 

@@ -12,6 +12,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.headers import HEADERS
+
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -44,4 +46,4 @@ def _refusal() -> Response:
         "status": 403,
         "detail": "This request was sent by a page of another site; only Kindred's own pages may change anything.",
     }
-    return Response(json.dumps(problem), status_code=403, media_type="application/problem+json")
+    return Response(json.dumps(problem), status_code=403, media_type="application/problem+json", headers=HEADERS)

@@ -14,7 +14,7 @@ from app.db.tables import Run, Upload
 from app.errors import NotFound
 from app.services import collections, images, results, runs, uploads
 from app.services.pages import encode
-from app.web import evidence, problem_pages, render, sign_in
+from app.web import evidence, problem_pages, reference, render, sign_in
 from app.web.guard import CrossSiteGuard
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse, route_class=GuardedRoute)
@@ -35,6 +35,7 @@ def install(app: FastAPI) -> None:
     """Mount the pages and their static files. After the API, whose exception handlers it wraps."""
     app.include_router(router)
     app.include_router(sign_in.router)
+    app.include_router(reference.router)
     app.mount("/static", render.Static(directory=render.HERE / "static"), name="static")
     app.add_middleware(CrossSiteGuard)
     problem_pages.install(app)

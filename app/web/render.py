@@ -10,21 +10,14 @@ from starlette.types import Scope
 
 from app import storage
 from app.access import Caller
+from app.headers import HEADERS, PAGE_POLICY
 from app.services import parameters, runs
 from app.web import wording
 
 HERE = Path(__file__).parent
 
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
-        "frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "private, no-cache",
-}
+# A page is looked at again by the back button, and by the browser's own cache for no longer.
+_HEADERS = HEADERS | {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "private, no-cache"}
 
 
 def _environment() -> Environment:
@@ -77,5 +70,4 @@ class Static(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
         response.headers["Cache-Control"] = "no-cache"
-        response.headers["X-Content-Type-Options"] = "nosniff"
         return response

@@ -133,7 +133,7 @@ def test_every_page_has_a_strict_policy_and_nothing_inline(browser: TestClient):
     for path in [*pages_of(run), "/nothing", f"/runs/{MISSING}"]:
         answer = browser.get(path)
         policy = answer.headers["content-security-policy"]
-        assert "default-src 'self'" in policy
+        assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
         assert "frame-ancestors 'none'" in policy
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -298,7 +298,7 @@ def test_what_breaks_here_is_a_page_without_its_secrets(
     answer = TestClient(create_app(), base_url="http://localhost", raise_server_exceptions=False).get("/", headers=PAGE)
     assert answer.status_code == status
     assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "secret" not in answer.text
     assert ("retry-after" in answer.headers) == (status == 503)
 

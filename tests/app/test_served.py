@@ -1,0 +1,230 @@
+"""What goes out: pictures without metadata, files to be saved, tables that run nothing, headers on all of it."""
+
+import csv
+import io
+import json
+import re
+import threading
+import uuid
+from email.message import Message
+from urllib.parse import unquote
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ExifTags, Image
+from sqlalchemy import text
+
+from app import storage
+from app.config import settings
+from app.db.session import open_session
+from app.headers import HEADERS, attachment, image_name
+from app.main import create_app
+from app.services import tabular
+from tests.app.keys import bearer, make_key
+from tests.app.test_api import archive, assert_problem, files_below, rows
+from tests.app.test_web import METRICS, PAGE, finished_run, pages_of
+from tests.pictures import picture, zip_of
+from worker.ingest import ingest
+
+SECRET = b"51 deg 28' 38\" N, the house of Ada"
+RISKY = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'quoted", "''", "\N{FULLWIDTH EQUALS SIGN}1"]
+PLAIN = ["a.png", "a=b.png", " =1", "\N{SNOWMAN}.png", 'quo"te,;.png', "0"]
+
+
+def with_metadata() -> bytes:
+    """A JPEG that says where it was taken in every place that a JPEG has for it."""
+    image = Image.open(io.BytesIO(picture(1, size=(300, 200), encoding="PNG")))
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = SECRET.decode()
+    exif[ExifTags.Base.Artist] = SECRET.decode()
+    exif.get_ifd(ExifTags.IFD.GPSInfo).update({1: "N", 2: (51.0, 28.0, 38.0), 29: SECRET.decode()})
+    buffer = io.BytesIO()
+    image.save(
+        buffer, "JPEG", exif=exif, comment=SECRET, xmp=b"<x:xmpmeta>" + SECRET + b"</x:xmpmeta>", icc_profile=SECRET
+    )
+    return buffer.getvalue()
+
+
+def taken_in(api: TestClient, name: str, content: bytes) -> dict:
+    """An image of a collection of its own, by the real ingest."""
+    collection = api.post("/v1/collections", json={"name": "x"}).json()
+    upload = api.post(collection["links"]["uploads"], files={"file": ("p.zip", zip_of({name: content}))}).json()
+    ingest(uuid.UUID(upload["id"]), threading.Event())
+    return api.get(collection["links"]["images"]).json()["items"][0]
+
+
+def test_a_thumbnail_keeps_nothing_that_the_file_said_of_itself(api: TestClient):
+    sent = with_metadata()
+    assert sent.count(SECRET) >= 5
+    image = taken_in(api, "a.jpg", sent)
+    answer = api.get(f"/v1/images/{image['id']}/thumbnail")
+    assert answer.headers["content-type"] == "image/jpeg"
+    assert SECRET not in answer.content
+    served = Image.open(io.BytesIO(answer.content))
+    assert served.getexif() == {}
+    assert not {"exif", "comment", "xmp", "icc_profile", "photoshop"} & served.info.keys()
+    # The file itself is given back as it came.
+    assert api.get(f"/v1/images/{image['id']}/original").content == sent
+
+
+def test_an_original_is_saved_and_never_shown(api: TestClient):
+    name = "ordner/<script>alert(1)<\N{SNOWMAN}>.html"
+    image = taken_in(api, name, picture(1))
+    answer = api.get(f"/v1/images/{image['id']}/original")
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+    assert answer.headers["cache-control"].startswith("private")
+    disposition = answer.headers["content-disposition"]
+    assert disposition.startswith("attachment; ")
+    assert "filename*=UTF-8''_script_alert%281%29_%E2%98%83_.html.png" in disposition
+
+
+@pytest.mark.parametrize(
+    ("path", "image_format", "name"),
+    [
+        ("a/b/photo.JPG", "JPEG", "photo.JPG"),
+        ("photo.png", "JPEG", "photo.png.jpg"),
+        ("x.html", "PNG", "x.html.png"),
+        ("x.exe", "GIF", "x.exe.gif"),
+        ("..", "PNG", "image.png"),
+        ("a/..\\..\\x.png", "PNG", "x.png"),
+        ("C:evil.png", "PNG", "C_evil.png"),
+        ("a\N{RIGHT-TO-LEFT OVERRIDE}gpj.exe", "JPEG", "agpj.exe.jpg"),
+        ("a\r\nSet-Cookie: x=1.png", "PNG", "aSet-Cookie_ x=1.png"),
+        ("n" * 300 + ".png", "PNG", "n" * 146 + ".png"),
+        ("x" * 300, "WEBP", "x" * 144 + ".webp"),
+        ("", "BMP", "image.bmp"),
+    ],
+)
+def test_the_name_to_save_an_image_as_is_harmless(path: str, image_format: str, name: str):
+    assert image_name(path, image_format) == name
+
+
+@given(st.text(max_size=60))
+def test_a_disposition_says_one_name_and_nothing_else(name: str):
+    name = name.encode("utf-8", "replace").decode()
+    header = attachment(name)
+    assert header.isascii()
+    assert header.isprintable()
+    message = Message()
+    message["Content-Disposition"] = header
+    assert message.get_content_disposition() == "attachment"
+    plain, encoded = header.removeprefix("attachment; ").split("; filename*=")
+    assert re.fullmatch(r'filename="[A-Za-z0-9 ._()+=,-]+"', plain)
+    assert re.fullmatch(r"UTF-8''[A-Za-z0-9_.~%-]*", encoded)
+    assert unquote(encoded.removeprefix("UTF-8''")) == name
+
+
+@given(st.text())
+def test_a_text_comes_back_from_a_table_as_it_was(value: str):
+    assert tabular.original(tabular.safe(value)) == value
+    assert not tabular.safe(value).startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+
+
+def test_names_are_no_formulas_in_csv_and_exact_in_json(api: TestClient):
+    names = RISKY + PLAIN
+    run = finished_run(images=len(names), metrics=METRICS)
+    with open_session() as session:
+        for number, name in enumerate(names):
+            session.execute(
+                text("UPDATE images SET filename = :name WHERE sha256 = :sha256"),
+                {"name": name, "sha256": f"{number:064d}"},
+            )
+        session.execute(text("UPDATE clusters SET name = '=HYPERLINK(1)' WHERE cluster = 0"))
+        session.execute(text("UPDATE upload_files SET filename = '@x', reason = '=y'"))
+        session.commit()
+    labels = list(csv.DictReader(io.StringIO(api.get(f"/v1/runs/{run.id}/labels.csv").text, newline="")))
+    assert [row["filename"] for row in labels] == [f"'{name}" for name in RISKY] + PLAIN
+    assert [tabular.original(row["filename"]) for row in labels] == names
+    assert labels[0]["cluster_name"] == "'=HYPERLINK(1)"
+    ledger = next(csv.DictReader(io.StringIO(api.get(f"/v1/uploads/{run.upload_id}/files.csv").text)))
+    assert (ledger["filename"], ledger["reason"]) == ("'@x", "'=y")
+    exact = api.get(f"/v1/runs/{run.id}/labels.json").json()["items"]
+    assert [row["filename"] for row in exact] == names
+
+
+def test_every_answer_says_what_a_browser_may_do_with_it(api: TestClient):
+    run = finished_run(metrics=METRICS)
+    storage.levels(run.id).parent.mkdir(parents=True)
+    storage.levels(run.id).write_text("image_id\n")
+    paths = [
+        *pages_of(run), "/nothing", "/v1/nothing", "/healthz", "/readyz", "/openapi.json", "/docs", "/static/style.css",
+        "/static/icon.svg", "/v1/collections", f"/v1/runs/{run.id}/labels.csv", f"/v1/runs/{run.id}/labels.json",
+        f"/v1/runs/{run.id}/levels.csv", f"/v1/runs/{run.id}/clusters", "/sign-in",
+    ]  # fmt: skip
+    for path in paths:
+        for headers in (PAGE, {}):
+            answer = api.get(path, headers=headers, follow_redirects=False)
+            assert HEADERS.keys() <= {name.title() for name in answer.headers} | {"X-Frame-Options"}, path
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "frame-ancestors 'none'" in policy
+            assert "unsafe" not in policy
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+            if not path.startswith("/static/"):
+                assert answer.headers["cache-control"].startswith(("private", "no-store")), path
+
+
+def test_what_fails_says_it_too(database: None, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("app.services.collections.list_page", broken)
+    http = TestClient(create_app(), base_url="http://localhost", raise_server_exceptions=False)
+    for answer in (
+        http.get("/v1/collections"),
+        http.get("/", headers=PAGE),
+        http.post("/v1/collections", headers={"Origin": "https://evil.example"}),
+    ):
+        assert answer.status_code in (403, 500)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_a_tenant_s_queue_is_limited_and_nobody_else_s(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KINDRED_MAX_QUEUED_RUNS", "2")
+    settings.cache_clear()
+    one, another = bearer(make_key("one")), bearer(make_key("another"))
+    request = {"files": {"file": archive()}, "data": {"clusters": "2"}}
+    made = [api.post("/v1/cluster", **request, headers=one) for _ in range(3)]
+    assert [answer.status_code for answer in made] == [202, 202, 429]
+    assert "At most 2 runs" in assert_problem(made[2], 429, "too-many-runs")["detail"]
+    assert int(made[2].headers["retry-after"]) > 0
+    assert (rows("runs"), rows("uploads"), rows("collections")) == (2, 2, 2)
+    assert len(files_below(settings().data_dir)) == 2
+    assert api.post("/v1/cluster", **request, headers=another).status_code == 202
+    api.post(made[0].json()["links"]["cancel"], headers=one)
+    assert api.post("/v1/cluster", **request, headers=one).status_code == 202
+
+
+def test_what_a_tenant_keeps_is_limited(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    size = len(archive()[1])
+    monkeypatch.setenv("KINDRED_MAX_STORED_BYTES", str(2 * size + 1000))
+    settings.cache_clear()
+    one, another = bearer(make_key("one")), bearer(make_key("another"))
+    request = {"files": {"file": archive()}, "data": {"clusters": "2"}}
+    statuses = [api.post("/v1/cluster", **request, headers=one).status_code for _ in range(2)]
+    assert statuses == [202, 202]
+    body = assert_problem(api.post("/v1/cluster", **request, headers=one), 413, "quota-exceeded")
+    assert str(2 * size) in body["detail"]
+    assert len(files_below(settings().data_dir)) == 2
+    assert api.post("/v1/cluster", **request, headers=another).status_code == 202
+
+    def undeclared():  # the length is only known once it is all there
+        form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="p.zip"\r\n\r\n'
+        yield form + archive()[1] + b'\r\n--b\r\nContent-Disposition: form-data; name="clusters"\r\n\r\n2\r\n--b--\r\n'
+
+    headers = one | {"Content-Type": "multipart/form-data; boundary=b"}
+    assert_problem(api.post("/v1/cluster", content=undeclared(), headers=headers), 413, "quota-exceeded")
+    assert len(files_below(settings().data_dir)) == 3
+
+
+def test_the_report_of_a_run_is_json_whatever_it_says(api: TestClient):
+    run = finished_run(metrics=METRICS)
+    answer = api.get(f"/v1/runs/{run.id}/report")
+    assert answer.headers["content-type"] == "application/json"
+    assert json.loads(answer.text)["metrics"]["warnings"]
