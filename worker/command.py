@@ -19,11 +19,10 @@ def trainer_command(folder: Path, parameters: Mapping[str, Any]) -> list[str]:
     A head trains on cached features in seconds; only a backbone is worth more than one GPU.
     """
     several = gpus() if parameters.get("train") == "full" else 1
-    if several < 2:
-        return [sys.executable, *_TRAINER, str(folder)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)]
-    # The trainers die with torchrun, and torchrun with us: by itself it would go on without its supervisor.
-    return launch_command([sys.executable, *torchrun, *_TRAINER, str(folder)], None)
+    # It dies with us from its first moment on. The trainer itself comes to see to that only once it has loaded PyTorch,
+    # some seconds in which its supervisor may be gone; torchrun never does.
+    return launch_command([sys.executable, *(torchrun if several > 1 else ()), *_TRAINER, str(folder)], None)
 
 
 def gpus() -> int:

@@ -56,7 +56,11 @@ def test_a_machine_without_a_driver_has_none(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(("count", "parameters"), [("0", FULL), ("1", FULL), ("4", HEAD), ("4", {})])
 def test_one_process_trains_a_head_or_on_one_device(monkeypatch: pytest.MonkeyPatch, count: str, parameters: dict):
     set_gpus(monkeypatch, count)
-    assert trainer_command(Path("/run"), parameters) == [sys.executable, "-m", "worker.trainer", "/run"]
+    command = trainer_command(Path("/run"), parameters)
+    assert command[-4:] == [sys.executable, "-m", "worker.trainer", "/run"]
+    launcher, order = command[:4], json.loads(command[4])
+    assert Path(launcher[-1]).name == "launcher.py"
+    assert order["death_signal"] == 9
 
 
 def test_several_devices_train_a_network_by_torchrun_that_dies_with_us(monkeypatch: pytest.MonkeyPatch):
