@@ -77,7 +77,7 @@ def calibrated_temperature(differ: float, images_each: float) -> float:
         images_each: images that a cluster saw in an epoch, on average.
 
     """
-    return float(0.41 * (differ + 0.005) ** 0.44 * images_each**0.38)
+    return float(0.38 * (differ + 0.005) ** 0.42 * images_each**0.39)
 
 
 def concatenate(parts: Sequence[Assignment]) -> Assignment:
