@@ -1,5 +1,5 @@
 # Everything starts here. A fresh machine needs Python 3.11 or newer, GNU make and gcc.
-.PHONY: help demo up test check clean
+.PHONY: help demo up test test-faults check clean
 
 # The first that really runs and is new enough; the name alone says little where shims stand in for versions.
 PYTHON := $(shell for python in "$${PYTHON:-python3.11}" python3.12 python3.13 python3.14 python3.11 python3; do \
@@ -16,6 +16,7 @@ help:
 	@echo "make demo IMAGES=path    the same with your own folder or archive"
 	@echo "make up                  the service on http://127.0.0.1:8000 (another port: KINDRED_PORT=8001 make up)"
 	@echo "make test                the whole test suite"
+	@echo "make test-faults         every promise under faults in full, about half an hour; prints a table"
 	@echo "make check               format, lint, types, import contract, fast tests"
 	@echo "make clean               remove the environment (your data in var/ stays)"
 
@@ -29,6 +30,10 @@ up: $(VENV)/.installed
 # One stack for the tests that share one (`xdist_group`), the rest on whichever process is free.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What `make test` does a few times, as often as docs/faults.md says.
+test-faults: $(VENV)/.installed-dev
+	KINDRED_FAULTS=full $(BIN)/python -m pytest tests/faults --timeout=1800
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

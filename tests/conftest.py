@@ -13,6 +13,7 @@ from app.db import session as db_session
 from app.db.migrate import upgrade
 from app.db.tables import DEFAULT_TENANT, Table, Tenant
 from app.embedded import ServerUrls, running_servers
+from tests.faults.table import print_table
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -65,3 +66,8 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the labelled image sets (../shared/data) are not on this machine")
     return SHARED_DATA
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The promises under faults, with what was seen; here, since tests may run in other processes."""
+    print_table(terminalreporter)

@@ -1,0 +1,192 @@
+"""`kill -9` of worker and trainer at random moments: one result, that of the undisturbed run."""
+
+import json
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from tests.faults.conftest import FULL
+from tests.faults.stack import QUICK, REAL, Process, Stack, wait_for
+from tests.faults.table import Seen
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
+
+HEAD = {"epochs": 8, "restarts": 2, "seed": 3}
+WHOLE = {
+    "method": "simclr", "backbone": "resnet10_slim", "weights": "random", "image_size": 32, "restarts": 2,
+    "epochs": 250, "seed": 3,
+}  # fmt: skip
+KILLS = {"head": 20, "full": 20} if FULL else {"head": 2, "full": 4}
+
+
+def steps_done(stack: Stack, run_id: str) -> int:
+    """What the run's checkpoint says; 0 without one."""
+    for name in ("checkpoint.safetensors", "checkpoint-previous.safetensors"):
+        path = stack.folder(run_id) / "checkpoint" / name
+        if path.exists():
+            with safe_open(path, framework="np") as file:
+                return int(json.loads(file.metadata()["about"])["position"]["done"])
+    return 0
+
+
+def checkpoint_age_s(stack: Stack, run_id: str) -> float | None:
+    path = stack.folder(run_id) / "checkpoint" / "checkpoint.safetensors"
+    return time.time() - path.stat().st_mtime if path.exists() else None
+
+
+def trainer_of(stack: Stack, worker: Process, run_id: str, attempt: int) -> psutil.Process | None:
+    """The trainer of the run's attempt after `attempt`; None once the run is over."""
+
+    def look() -> Any:
+        row = stack.row(run_id)
+        if row["state"] not in ("queued", "running"):
+            return "over"
+        return row["attempt"] > attempt and worker.trainers()
+
+    found = wait_for(look, 120)
+    return None if found == "over" else found[0]
+
+
+@pytest.mark.parametrize(("train", "parameters"), [("head", HEAD), ("full", WHOLE)])
+def test_kills_at_random_moments(stack: Stack, collection: str, seen: Seen, train: str, parameters: dict[str, object]):
+    kills, resumed_s, redone_s, runs = 0, [], [], []
+    with stack.workers("train", KINDRED_MAX_ATTEMPTS="1000") as (worker,):
+        undisturbed = stack.submit(collection, **parameters)
+        began = time.monotonic()
+        assert stack.ended(f"/v1/runs/{undisturbed}", 300)["state"] == "succeeded"
+        lasts_s = time.monotonic() - began
+        while kills < KILLS[train]:
+            run_id = stack.submit(collection, **parameters)
+            runs.append(run_id)
+            attempt, before = 0, 0
+            while kills < KILLS[train]:
+                trainer = trainer_of(stack, worker, run_id, attempt)
+                if trainer is None:
+                    break
+                moment_s = random.uniform(0.0, lasts_s * 0.9)
+                with_checkpoint = wait_until(moment_s, lambda run_id=run_id: stack.row(run_id)["state"] != "running")
+                row = stack.row(run_id)
+                if not with_checkpoint or row["state"] != "running":
+                    break
+                attempt = row["attempt"]
+                age_s = checkpoint_age_s(stack, run_id) if row["stage"] == "training" else None
+                if kills % 2:
+                    worker.kill()
+                    stack.restart(worker)
+                else:
+                    os.kill(trainer.pid, signal.SIGKILL)
+                killed = time.monotonic()
+                kills += 1
+                if age_s is not None:
+                    redone_s.append(age_s)
+                assert steps_done(stack, run_id) >= before  # it never begins anew
+                before = steps_done(stack, run_id)
+                wait_for(lambda run_id=run_id, attempt=attempt: stack.row(run_id)["attempt"] > attempt, 60)
+                resumed_s.append(time.monotonic() - killed)
+            # Undisturbed from here on.
+            assert stack.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
+        wanted = stack.labels(undisturbed)
+        for run_id in runs:
+            assert stack.labels(run_id) == wanted
+            assert not (stack.folder(run_id) / "checkpoint").exists()
+            assert not list(stack.folder(run_id).glob("attempt-*"))
+            assert stack.rows("SELECT count(*) FROM assignments WHERE run_id = %s", run_id)[0]["count"] == 24
+    lost = sum(stack.row(run_id)["lost_attempts"] for run_id in runs)
+    assert lost <= kills  # and no attempt was lost but to a kill
+    limit = f"{kills} kills, every label equal"
+    seen(f"kill -9 of worker and trainer, train={train}", limit, f"{len(runs)} runs, {lost} attempts lost, all equal")
+    seen(f"resumes, lease 6 s, sweep 1 s, train={train}", "<= 7 s + start", f"<= {max(resumed_s):.1f} s")
+    if redone_s:
+        seen("work lost to a kill", "<= 1 checkpoint interval (0.5 s)", f"<= {max(redone_s):.2f} s")
+
+
+def wait_until(moment_s: float, over: Any) -> bool:
+    """Whether the moment came before the run was over."""
+    deadline = time.monotonic() + moment_s
+    while time.monotonic() < deadline:
+        if over():
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.skipif(not FULL, reason="waits for a real lease; `make test-faults` does")
+def test_a_killed_worker_is_replaced_within_75_s(stack: Stack, collection: str, seen: Seen):
+    with stack.workers("train", "train", **REAL) as workers:
+        run_id = stack.submit(collection, **WHOLE | {"epochs": 100_00})
+        victim = wait_for(lambda: next((worker for worker in workers if worker.trainers()), None))
+        wait_for(lambda: stack.row(run_id)["stage"] == "training")
+        victim.kill()
+        killed = time.monotonic()
+        assert wait_for(lambda: not victim.trainers() and not stack.trainers(), 5)
+        wait_for(lambda: stack.row(run_id)["attempt"] == 2, 80)
+        took = time.monotonic() - killed
+        stack.http.post(f"/v1/runs/{run_id}/cancel").raise_for_status()
+        assert stack.ended(f"/v1/runs/{run_id}")["state"] == "cancelled"
+    assert took <= 75
+    seen("kill -9 of a worker, settings as they come", "resumes <= 75 s", f"{took:.1f} s")
+
+
+def test_a_trainer_that_dies_every_time(stack: Stack, collection: str, seen: Seen):
+    with stack.workers("train") as (worker,):
+        run_id = stack.submit(collection, **WHOLE)
+        for attempt in range(3):
+            trainer = trainer_of(stack, worker, run_id, attempt)
+            assert trainer is not None
+            if attempt == 1:  # once there is something to go on from
+                wait_for(lambda: steps_done(stack, run_id) > 0)
+            os.kill(trainer.pid, signal.SIGKILL)
+        run = stack.ended(f"/v1/runs/{run_id}")
+        assert worker.running
+        assert (run["state"], run["problem"]["type"]) == ("failed", "/problems/worker_lost")
+        assert not (stack.folder(run_id) / "checkpoint").exists()
+        assert not list(stack.folder(run_id).glob("attempt-*"))
+        # Others are none the worse.
+        again = stack.submit(collection, method="kmeans")
+        assert stack.ended(f"/v1/runs/{again}")["state"] == "succeeded"
+    row = stack.row(run_id)
+    assert (row["attempt"], row["lost_attempts"]) == (3, 3)
+    seen("a trainer that dies every time", "failed after 3 attempts", "worker_lost after 3; no checkpoint left")
+
+
+def test_a_frozen_worker_writes_nothing(stack: Stack, collection: str, seen: Seen):
+    """SIGSTOP past the lease, SIGCONT once another has finished the run, or while it works on it."""
+    lease_s = float(QUICK["KINDRED_LEASE_S"])
+    with stack.workers("train", "train") as workers:
+        undisturbed = stack.submit(collection, **WHOLE)
+        assert stack.ended(f"/v1/runs/{undisturbed}", 300)["state"] == "succeeded"
+        run_id = stack.submit(collection, **WHOLE | {"epochs": 251})  # other labels than those of `undisturbed`
+        frozen = wait_for(lambda: next((worker for worker in workers if worker.trainers()), None))
+        (old,) = frozen.trainers()
+        wait_for(lambda: steps_done(stack, run_id) > 0)
+        frozen.send(signal.SIGSTOP)
+        asked = time.monotonic()
+        wait_for(lambda: not is_alive(old), lease_s + 3)
+        alone = time.monotonic() - asked
+        wait_for(lambda: stack.row(run_id)["attempt"] == 2, 60)
+        frozen.send(signal.SIGCONT)
+        assert stack.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
+        wait_for(lambda: frozen.said("run_lost") + frozen.said("trainer_killed"))
+        finished = stack.row(run_id)
+        time.sleep(2)
+        assert stack.row(run_id) == finished
+    assert (finished["attempt"], finished["lost_attempts"]) == (2, 1)
+    assert not (stack.folder(run_id) / "attempt-1").exists()
+    seen(
+        "worker frozen past its lease, then thawed",
+        "it writes nothing; no two trainers",
+        f"its trainer ended itself after {alone:.1f} s (lease {lease_s:.0f} s)",
+    )
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
