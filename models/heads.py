@@ -142,8 +142,8 @@ class Heads:
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        found = [starts.centres(z_SD.cpu().numpy(), clusters, seed=seed) for seed in seeds]
-        self.centres_RKD = torch.from_numpy(np.stack(found)).to(z_SD.device).requires_grad_()
+        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds)
+        self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
         self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
         self.refresh()
         self.mean_RK = self.memory_RSK.mean(dim=1)

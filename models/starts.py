@@ -7,9 +7,14 @@ differ less (`docs/method.md` has the figures).
 Letters in shapes: N images, P pieces, K clusters, D dimensions.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from models import space
+from models.features import cores
 from models.fit import seed_of
 
 PIECES = 5  # a cluster, on average
@@ -33,10 +38,17 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
     return merged_KD
 
 
+def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int]) -> np.ndarray:
+    """`centres` of every seed, shape (R, K, D), some at a time: each of them uses one core."""
+    # Limits of BLAS hold for the whole process: here for as long as any of the threads needs them.
+    with threadpool_limits(1), ThreadPoolExecutor(min(len(seeds), cores())) as pool:
+        return np.stack(list(pool.map(lambda seed: centres(x_ND, clusters, seed=seed), seeds)))
+
+
 def best_centres(x_ND: np.ndarray, clusters: int, *, seed: int, tries: int = 8) -> np.ndarray:
     """Of several starts the one whose centres are nearest to the images on average; on a sample of a large memory."""
     x_SD = x_ND[:: max(1, len(x_ND) // max(16_384, 16 * clusters))]
-    found = [centres(x_SD, clusters, seed=seed_of(seed, number)) for number in range(tries)]
+    found = several(x_SD, clusters, seeds=[seed_of(seed, number) for number in range(tries)])
 
     def nearness(centre_KD: np.ndarray) -> float:
         unit_KD = centre_KD / np.linalg.norm(centre_KD, axis=1, keepdims=True).clip(min=1e-12)
