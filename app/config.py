@@ -76,6 +76,10 @@ class Settings(BaseSettings):
         default=100 * 1024 * MIB,
         description="Most bytes that the files of one upload may hold once unpacked.",
     )
+    max_compression_ratio: Annotated[float, Field(gt=1)] = Field(
+        default=200.0,
+        description="Most times its own size that an archive may unpack to, once that is more than 256 MiB.",
+    )
     decode_timeout_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0, description="Longest time to decode one image, in seconds."
     )

@@ -5,6 +5,7 @@ Nothing here writes a file, and no name from outside is ever used as a path.
 
 import gzip
 import io
+import itertools
 import re
 import stat
 import tarfile
@@ -12,16 +13,19 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol, Self, cast
+
+from worker.tar_headers import Archive, Member, holds_more_than
 
 MAX_NAME = 1024
 # A part of the path that is `__MACOSX` or begins with a dot (but for `.` and `..`); what Windows adds to folders.
 _JUNK_NAME = re.compile(
     r"(?:^|[/\\])(?:__MACOSX(?:[/\\]|$)|\.(?!\.?(?:[/\\]|$))|(?:thumbs\.db|desktop\.ini)$)", re.IGNORECASE
 )
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _GZIP = b"\x1f\x8b"
@@ -30,11 +34,8 @@ _PICTURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM",
     b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+",
 )  # fmt: skip
-# Pictures hardly shrink. A whole archive that unpacks to this many times its size is a bomb, once it is large.
-_BOMB_RATIO = 200
-_BOMB_BYTES = 1024**3
-# Names and attributes of one tar member; tarfile holds them in memory.
-_MAX_TAR_HEADER = 1024**2
+# What unpacks to less is no bomb, however well it shrinks: a few flat drawings do that.
+_BOMB_BYTES = 256 * 1024**2
 # Folders and what systems add stand in the directory of a zip besides its files.
 _ENTRIES_PER_FILE = 3
 _SPARE_ENTRIES = 1000
@@ -60,6 +61,8 @@ class Reader(Protocol):
 class Limits:
     files: int
     unpacked_bytes: int
+    ratio: float = 200.0
+    """Pictures hardly shrink: a whole archive that unpacks to more times its size is a bomb, once it is large."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +84,9 @@ class Entry:
 
 
 _JUNK = Entry(name=None)
+_OUTSIDE = Entry(
+    name=None, code="unsafe-name", reason="Its name leads out of the archive: it is absolute, or has `..` in it."
+)
 NESTED = Entry(name=None, code="archive-in-archive", reason="It is an archive inside the archive; send it on its own.")
 
 
@@ -139,7 +145,7 @@ class _Directory(io.BufferedReader):
     def __init__(self, path: Path, filename: str, limits: Limits) -> None:
         super().__init__(path.open("rb", buffering=0))
         self._most = _ENTRIES_PER_FILE * limits.files + _SPARE_ENTRIES
-        self._refusal = ArchiveError("too-many-files", f"{filename} holds more than {limits.files} files.")
+        self._refusal = _too_many(filename, limits)
         self.read_by_zipfile = False
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -153,6 +159,10 @@ class _Directory(io.BufferedReader):
         return data
 
 
+def _too_many(filename: str, limits: Limits) -> ArchiveError:
+    return ArchiveError("too-many-files", f"{filename} holds more than {limits.files} files.")
+
+
 def _zip_entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
     with _Directory(path, filename, limits) as file, zipfile.ZipFile(file) as archive:
         file.read_by_zipfile = True
@@ -161,13 +171,15 @@ def _zip_entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
             raise ArchiveError("empty-archive", f"{filename} is an empty archive.")
         _check_directory(members, path.stat().st_size, filename, limits)
         for member in members:
-            if member.is_dir() or is_junk(member.filename):
+            if _is_folder(member) or is_junk(member.filename):
                 yield _JUNK
                 continue
-            name = display_name(member.orig_filename)
+            name = display_name(_zip_name(member))
             mode = member.external_attr >> 16
             if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 yield _not_a_file(name)
+            elif leads_out(member.orig_filename):
+                yield _OUTSIDE.named(name, member.file_size)
             elif member.flag_bits & 0x1:
                 yield Entry(
                     name=name, size=member.file_size, code="encrypted",
@@ -185,9 +197,23 @@ def _zip_entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
                 yield from _zip_member(archive, member, name)
 
 
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """Names are CP437 unless a bit says UTF-8, which not all who write UTF-8 set."""
+    name = member.orig_filename
+    if not member.flag_bits & 0x800:
+        with suppress(UnicodeError):
+            return name.encode("cp437").decode("utf-8")
+    return name
+
+
+def _is_folder(member: zipfile.ZipInfo) -> bool:
+    """`ZipInfo.is_dir` of Python 3.11 fails for a name of no characters."""
+    return member.filename.endswith("/")
+
+
 def _check_directory(members: list[zipfile.ZipInfo], size: int, filename: str, limits: Limits) -> None:
     """What the directory itself gives away; sizes that lie are met by whoever counts the bytes."""
-    files = sum(not member.is_dir() and not is_junk(member.filename) for member in members)
+    files = sum(not _is_folder(member) and not is_junk(member.filename) for member in members)
     if files > limits.files:
         raise ArchiveError("too-many-files", f"{filename} holds {files} files; at most {limits.files} are taken.")
     if sum(member.compress_size for member in members) > size:
@@ -198,9 +224,9 @@ def _check_directory(members: list[zipfile.ZipInfo], size: int, filename: str, l
 def _check_unpacked(unpacked: int, packed: int, filename: str, limits: Limits) -> None:
     if unpacked > limits.unpacked_bytes:
         raise ArchiveError("too-large", f"{filename} unpacks to more than {limits.unpacked_bytes} bytes.")
-    if unpacked > max(_BOMB_BYTES, packed * _BOMB_RATIO):
+    if unpacked > max(_BOMB_BYTES, packed * limits.ratio):
         raise ArchiveError(
-            "too-large", f"{filename} unpacks to more than {_BOMB_RATIO} times its size; pictures do not do that."
+            "too-large", f"{filename} unpacks to more than {limits.ratio:g} times its size; pictures do not do that."
         )
 
 
@@ -230,51 +256,27 @@ class _ZipReader:
             raise DamagedFileError(f"The archive's entry is damaged: {_printable(str(error))}") from error
 
 
-class _TarMember(tarfile.TarInfo):
-    """Speaks up where `tarfile` takes a broken or missing header for the end of the archive."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        extension = member.type in (
-            tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
-            tarfile.SOLARIS_XHDTYPE,
-        )  # fmt: skip
-        if extension and member.size > _MAX_TAR_HEADER:
-            raise EOFError("a header of it is too long")
-        return member
-
-    @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(tarfile)
-        except _EndOfTar:
-            raise
-        except _HeaderError as error:
-            raise EOFError(f"a header of it cannot be read ({error})") from error
-
-
-_HeaderError = tarfile.HeaderError
-_EndOfTar: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined] # typeshed lacks it
-
-
 def _tar_entries(path: Path, filename: str, limits: Limits, *, compressed: bool) -> Iterator[Entry]:
     """Members in stream order, so that a tar of any size takes the memory of one header."""
     empty, packed = True, path.stat().st_size
+    with gzip.open(path) if compressed else path.open("rb") as look:
+        if holds_more_than(limits.files, look):
+            raise _too_many(filename, limits)
     with ExitStack() as stack:
         raw: IO[bytes] = stack.enter_context(path.open("rb"))
         stream = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw))) if compressed else raw
-        with closing(tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarMember)) as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined] # it would keep every header
+        with closing(Archive.open(fileobj=stream, mode="r|")) as archive:
+            for member in _members(archive, filename, limits):
                 empty = False
                 _check_unpacked(member.offset_data + member.size, packed, filename, limits)
                 if member.isdir() or is_junk(member.name):
                     yield _JUNK
                     continue
                 name = display_name(member.name)
-                if not member.isreg():
+                if not member.isreg() or member.sparse_file:
                     yield _not_a_file(name)
+                elif leads_out(member.name):
+                    yield _OUTSIDE.named(name, member.size)
                 elif name.lower().endswith(_ARCHIVE_SUFFIXES):
                     yield NESTED.named(name, member.size)
                 else:
@@ -286,6 +288,19 @@ def _tar_entries(path: Path, filename: str, limits: Limits, *, compressed: bool)
         _drain(stream, packed, filename, limits)
     if empty:
         raise ArchiveError("empty-archive", f"{filename} is an empty archive.")
+
+
+def _members(archive: Archive, filename: str, limits: Limits) -> Iterator[Member]:
+    most = _ENTRIES_PER_FILE * limits.files + _SPARE_ENTRIES
+    for number in itertools.count():
+        archive.header_bytes = 0
+        if (member := archive.next()) is None:
+            return
+        if number >= most:
+            raise _too_many(filename, limits)
+        archive.members.clear()  # type: ignore[attr-defined] # it would keep every header
+        assert isinstance(member, Member)  # noqa: S101 - it was told to make these
+        yield member
 
 
 def _drain(stream: IO[bytes], packed: int, filename: str, limits: Limits) -> None:
@@ -333,10 +348,23 @@ def is_junk(name: str) -> bool:
     return _JUNK_NAME.search(name) is not None
 
 
+def leads_out(name: str) -> bool:
+    """Whether a member's name is absolute or climbs; nothing of it is used as a path, but nobody means well by it."""
+    name = name.replace("\\", "/")
+    return name.startswith("/") or re.match(r"[A-Za-z]:", name) is not None or ".." in name.split("/")
+
+
 def display_name(name: str) -> str:
-    """A name that can be shown and stored: relative, without `..`, control characters or broken encoding."""
+    """A name that can be shown and stored: relative, without `..`, characters that control or broken encoding.
+
+    Characters that turn the direction of writing are such, since `gpj.exe` would read as `exe.jpg`.
+    """
     if not name.isprintable():
-        bad = {ord(letter) for letter in name if unicodedata.category(letter) in ("Cc", "Cs")}
+        bad = {
+            ord(letter)
+            for letter in name
+            if unicodedata.category(letter) in ("Cc", "Cs") or unicodedata.bidirectional(letter) in _TURNS
+        }
         name = name.translate(dict.fromkeys(bad, "\N{REPLACEMENT CHARACTER}"))
     name = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
     name = "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "unnamed"

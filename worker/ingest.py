@@ -223,7 +223,11 @@ class _Ingest:
         """Every entry of every part with its position in the ledger (None for junk) and the progress so far."""
         position, before = 0, 0
         limit = self._limits.max_upload_files
-        limits = Limits(files=limit, unpacked_bytes=self._limits.max_unpacked_bytes)
+        limits = Limits(
+            files=limit,
+            unpacked_bytes=self._limits.max_unpacked_bytes,
+            ratio=self._limits.max_compression_ratio,
+        )
         for part in self._parts:
             if not storage.incoming_part(self._id, part.part).exists():
                 raise ArchiveError("upload-lost", f"What was received as {part.filename} is gone; send it again.")

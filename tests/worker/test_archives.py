@@ -254,7 +254,7 @@ def test_a_tar_without_its_end_is_damaged(tmp_path: Path):
 def test_a_tar_header_of_gigabytes_is_not_read_into_memory(tmp_path: Path):
     entry = tarfile.TarInfo("././@LongLink")
     entry.type, entry.size = tarfile.GNUTYPE_LONGNAME, 5 * 1024**3
-    with pytest.raises(ArchiveError, match="too long"):
+    with pytest.raises(ArchiveError, match="more than 1048576 bytes"):
         listed(tmp_path, entry.tobuf(tarfile.GNU_FORMAT) + bytes(1024 * 1024))
 
 
