@@ -165,7 +165,7 @@ def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
     with (
         driver.cursor() as cursor,
         cursor.copy(
-            f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER, FORCE_QUOTE (filename, cluster_name))"
+            f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER)"
         ) as copy,
     ):
         for block in copy:

@@ -61,7 +61,9 @@ def page(
 ) -> HTMLResponse:
     """`caller`: who looks at it, where that is known."""
     body = _TEMPLATES.get_template(template).render(caller=caller, **context)
-    return HTMLResponse(body, status_code=status, headers={**(headers or {}), **_HEADERS})
+    # After the sign-out, the back button must find nothing.
+    kept = {"Cache-Control": "no-store"} if caller and caller.by == "browser" else {}
+    return HTMLResponse(body, status_code=status, headers={**(headers or {}), **_HEADERS, **kept})
 
 
 class Static(StaticFiles):

@@ -25,6 +25,7 @@ export async function call(method, path, body) {
     throw new Error('The service cannot be reached. Is it still running?');
   }
   const text = await response.text();
+  if (response.status === 401) location.assign(`/sign-in?next=${encodeURIComponent(location.pathname + location.search)}`);
   if (!response.ok) throw new Error(detailOf(response.status, text));
   return text ? JSON.parse(text) : null;
 }
