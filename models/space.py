@@ -5,6 +5,7 @@ Letters in shapes: N images, F features of the backbone, D dimensions kept, M ne
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,9 +126,19 @@ def k_means(x_ND: np.ndarray, clusters: int, *, rounds: int, seed: int) -> KMean
     else:
         batch = max(4096, 4 * clusters)
         method = MiniBatchKMeans(clusters, n_init=1, max_iter=rounds, batch_size=batch, random_state=seed)
-    # The threads of scikit-learn add up in the order they finish: a single one gives the same sums each time. Those of
-    # BLAS spin while they wait, as above.
+    with one_core():
+        return method.fit(x_ND)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Inside, k-means uses one core and warns of nothing; in threads of its own only within another of these.
+
+    The threads of scikit-learn add up in the order they finish: a single one gives the same sums each time. Those of
+    BLAS spin while they wait. Limits and warnings are the whole process's: without one around them, a thread that
+    leaves would end them for the others.
+    """
     with threadpool_limits(1), warnings.catch_warnings():
         # Fewer different points than clusters leave clusters empty: the report says so to the user.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return method.fit(x_ND)
+        yield

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from models import space
 from models.features import cores
@@ -40,8 +39,7 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
 
 def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int]) -> np.ndarray:
     """`centres` of every seed, shape (R, K, D), some at a time: each of them uses one core."""
-    # Limits of BLAS hold for the whole process: here for as long as any of the threads needs them.
-    with threadpool_limits(1), ThreadPoolExecutor(min(len(seeds), cores())) as pool:
+    with space.one_core(), ThreadPoolExecutor(min(len(seeds), cores())) as pool:
         return np.stack(list(pool.map(lambda seed: centres(x_ND, clusters, seed=seed), seeds)))
 
 

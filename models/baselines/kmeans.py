@@ -8,14 +8,17 @@ Letters in shapes: N images, B of them, K clusters, D feature size.
 """
 
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
 from models import space
 from models.baselines.vote import confirm
+from models.features import cores
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
 
@@ -28,11 +31,16 @@ def train(
     """Lloyd's algorithm from `restarts` k-means++ starts, `epochs` rounds at most; the least inertia wins."""
     del device  # scikit-learn runs on the CPU
     x_ND = space.unit(features_NF)
+
+    def fit(restart: int) -> KMeans | MiniBatchKMeans:
+        return space.k_means(x_ND, clusters, rounds=epochs, seed=seed_of(seed, restart))
+
     ends = []
-    for restart in range(restarts):
-        ends.append(space.k_means(x_ND, clusters, rounds=epochs, seed=seed_of(seed, restart)))
-        details = {"restart": restart + 1.0, "inertia": float(ends[-1].inertia_) / len(x_ND)}
-        yield Step(done=restart + 1, total=restarts, details=details)
+    with space.one_core(), ThreadPoolExecutor(min(restarts, cores())) as pool:
+        for restart, end in enumerate(pool.map(fit, range(restarts))):
+            ends.append(end)
+            details = {"restart": restart + 1.0, "inertia": float(end.inertia_) / len(x_ND)}
+            yield Step(done=restart + 1, total=restarts, details=details)
     best = min(ends, key=lambda end: end.inertia_)
     centre_KD = normalize(torch.from_numpy(best.cluster_centers_).float(), dim=1)
 
