@@ -277,5 +277,5 @@ def test_the_pages_of_signing_in_fit_the_window(page: Page, width: int):
         else:
             page.goto(path)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
-        if shots := os.environ.get("KINDRED_TEST_SCREENSHOTS"):
+        if shots := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=Path(shots) / f"{path.strip('/') or 'home'}-{width}.png")
