@@ -9,11 +9,14 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from app import storage
+from app.config import settings
 from app.db.session import API_ROLE, open_session, tenant_session
 from app.db.tables import DEFAULT_TENANT, Table
+from app.main import create_app
 from app.services import tenants
 from tests.app.keys import bearer, make_key
 from tests.app.test_web import METRICS, finished_run, pages_of
+from tests.conftest import forget_settings
 from tests.pictures import picture, zip_of
 
 TABLES = [table.name for table in Table.metadata.sorted_tables]
@@ -214,3 +217,39 @@ def test_what_is_written_for_no_tenant_goes_to_none_through_the_api(database: No
     insert = text("INSERT INTO collections (id, name) VALUES (gen_random_uuid(), 'x')")
     with tenant_session(None) as session, pytest.raises(ProgrammingError, match="row-level security"):
         session.execute(insert)
+
+
+def test_the_api_works_with_a_login_that_is_nothing_but_its_role(database: None, monkeypatch: pytest.MonkeyPatch):
+    """So that whoever takes over the API's process cannot take the owner's rights back."""
+    web = f"web_{uuid.uuid4().hex}"
+    with open_session() as session:
+        session.execute(text(f"CREATE ROLE {web}"))
+        session.execute(text(f"GRANT {API_ROLE} TO {web}"))
+        session.commit()
+    own = str(settings().database_url)
+    monkeypatch.setenv("KINDRED_DATABASE_URL", f"{own}&options=-crole%3D{web}")
+    forget_settings()
+    try:
+        with TestClient(create_app(), base_url="http://localhost") as http:
+            assert http.get("/readyz").status_code == 200
+            files = {"file": ("p.zip", zip_of({"a.png": picture(1), "b.png": picture(2)}))}
+            run = http.post("/v1/cluster", files=files, data={"clusters": "2"}, headers={"Idempotency-Key": "k"})
+            assert run.status_code == 202, run.text
+            assert http.post(run.json()["links"]["cancel"]).status_code == 202
+            key = http.post("/v1/keys", json={"name": "x", "scope": "admin"}).json()
+            http.headers.update(bearer(key["key"]))
+            assert http.get("/", headers={"Accept": "text/html"}).status_code == 200
+            assert http.post("/v1/collections", json={"name": "x"}).status_code == 201
+            signed_in = http.post("/sign-in", data={"key": key["key"]}, follow_redirects=False)
+            assert signed_in.status_code == 303
+            assert http.post("/sign-out", follow_redirects=False).status_code == 303
+            assert http.post(f"{key['links']['self']}/revoke").status_code == 200
+            assert http.get("/v1/collections").status_code == 401
+        with open_session() as session, pytest.raises(ProgrammingError, match="permission denied"):
+            session.execute(text("DELETE FROM runs"))
+    finally:
+        monkeypatch.setenv("KINDRED_DATABASE_URL", own)
+        forget_settings()
+        with open_session() as session:
+            session.execute(text(f"DROP ROLE {web}"))
+            session.commit()

@@ -24,6 +24,7 @@ from app.embedded import ServerUrls
 from app.services import results
 from tests.app.keys import bearer, make_key
 from tests.e2e.conftest import free_port
+from tests.e2e.test_compose import await_ready
 from tests.e2e.test_dashboard import archive, chromium, pytestmark, submit  # noqa: F401 - a fixture, and marks
 from tests.pictures import picture, two_kinds, zip_of
 from worker.ingest import ingest
@@ -70,12 +71,8 @@ def api_url(servers: ServerUrls, database: None, tmp_path: Path) -> Iterator[str
         process = subprocess.Popen([sys.executable, *command], env=os.environ, stdout=log, stderr=log)
     url = f"http://localhost:{port}"
     try:
-        for _ in range(600):
-            try:
-                if httpx.get(f"{url}/readyz").status_code == httpx.codes.OK:
-                    break
-            except httpx.TransportError:
-                threading.Event().wait(0.1)
+        with httpx.Client(base_url=url) as http:
+            await_ready(http, tmp_path / "api.log")
         yield url
     finally:
         process.terminate()
