@@ -5,7 +5,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -91,6 +91,10 @@ class Settings(BaseSettings):
     )
     thumbnail_pixels: Annotated[int, Field(ge=16, le=2048)] = Field(
         default=256, description="Longest side of a thumbnail, in pixels."
+    )
+
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="Form of the log: `text`, `key=value` on a line, or `json`, an object a line."
     )
 
     lease_s: Annotated[float, Field(gt=0)] = Field(

@@ -1,21 +1,43 @@
-"""Structured logs, a line an event, for the API and the workers alike."""
+"""Structured logs, a line an event, for the API and the workers alike.
+
+A line carries the ids of what it is about: `request` (which the answer names in `X-Request-ID`), `run` or `upload`,
+and `attempt`. Values of settings, keys and the contents of files are never among them.
+"""
 
 import logging
+from typing import Any
 
 import structlog
 
+from app.config import settings
+
 
 def configure_logs(level: int | str = "INFO") -> None:
-    """Send the standard library's records and structlog's events to standard error in one form."""
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", force=True)
+    """Give the standard library's records and structlog's events one form: `KINDRED_LOG_FORMAT`."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    render: Any = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"], drop_missing=True)
+    if settings().log_format == "json":
+        render = structlog.processors.JSONRenderer()
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+        )
+    )
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # The API tells of each request itself, with its id and without the query.
+    logging.getLogger("uvicorn.access").disabled = True
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"], drop_missing=True),
-        ],
+        processors=[*shared, render],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from app.access import Rates
 from app.api import clusters, collections, health, images, keys, labels, problems, runs, uploads
 from app.api.body_limit import BodyLimit
+from app.api.observe import Observe
 from app.config import settings
 from app.headers import SecurityHeaders
 from app.logs import configure_logs
@@ -27,7 +28,9 @@ def create_app() -> FastAPI:
     problems.install(app)
     for module in (collections, uploads, images, runs, clusters, labels, keys, health):
         app.include_router(module.router)
+    app.include_router(health.guarded)
     pages.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(Observe)
     return app

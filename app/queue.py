@@ -45,6 +45,15 @@ def ring_run(run_id: uuid.UUID) -> bool:
     return ring(TRAIN, run_id)
 
 
+def answers() -> bool:
+    """Whether the broker is there."""
+    try:
+        with _celery().connection_for_read() as connection:
+            return bool(connection.default_channel.client.ping())
+    except (OperationalError, OSError, RedisError):
+        return False
+
+
 def depth(task: str) -> int:
     """How many rings nobody has heard yet; 0 when the broker is away, or was emptied."""
     try:

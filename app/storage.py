@@ -8,6 +8,7 @@
     {data_dir}/runs/{run}/                                   a finished run's artefacts, the trainers' log
     {data_dir}/runs/{run}/attempt-{n}/                       what an attempt makes, until it is a result
     {data_dir}/runs/{run}/checkpoint/                        what the next attempt goes on from
+    {data_dir}/metrics/{worker}.prom                         what a worker counts
     {data_dir}/weights/                                      weights files that users bring, or {weights_dir}
 
 A file is written under a temporary name in the folder it is for, made durable, then renamed; only a
@@ -119,6 +120,21 @@ def now() -> float:
 def is_full(error: OSError) -> bool:
     """Whether there was no room left, on the disk or in a quota."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def metrics() -> Path:
+    """Where workers write what they count."""
+    return _root() / "metrics"
+
+
+def try_to_write() -> None:
+    """Raise `OSError` unless a file can be written."""
+    path = _root() / f"writable.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(4096))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def free_bytes() -> int:

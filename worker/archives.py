@@ -259,7 +259,8 @@ class _ZipReader:
 def _tar_entries(path: Path, filename: str, limits: Limits, *, compressed: bool) -> Iterator[Entry]:
     """Members in stream order, so that a tar of any size takes the memory of one header."""
     empty, packed = True, path.stat().st_size
-    with gzip.open(path) if compressed else path.open("rb") as look:
+    # A damaged one is met, and told, by the reading below.
+    with suppress(EOFError, OSError, zlib.error), gzip.open(path) if compressed else path.open("rb") as look:
         if holds_more_than(limits.files, look):
             raise _too_many(filename, limits)
     with ExitStack() as stack:

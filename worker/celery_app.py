@@ -13,6 +13,7 @@ from celery.signals import setup_logging, worker_init, worker_shutting_down
 from app.config import settings
 from app.logs import configure_logs
 from app.queue import QUEUES
+from worker.report import Reporter
 from worker.sweep import Sweeper
 
 # Set when the worker is told to stop. The thread pool shares it with the tasks, a process pool would not.
@@ -66,8 +67,9 @@ def _logs(loglevel: int | str = "INFO", **_: Any) -> None:
 
 # Not when the worker is ready, which it is not before Redis answers.
 @worker_init.connect
-def _start_sweeping(**_: Any) -> None:
+def _start_sweeping(sender: Any = None, **_: Any) -> None:
     Sweeper(STOP).start()
+    Reporter(str(sender), STOP).start()
 
 
 @worker_shutting_down.connect

@@ -15,6 +15,7 @@ from app import queue, storage
 from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Run, Upload
+from app.metrics import SWEEPER
 from app.services import jobs, uploads
 from worker.transactions import is_away
 
@@ -62,6 +63,7 @@ def sweep(*, lost: bool = True) -> None:
         session.commit()
         waiting_uploads = jobs.waiting(session, Upload, settings().sweep_s)
         waiting_runs = jobs.waiting(session, Run, settings().sweep_s)
+    SWEEPER.labels(action="failed_without_upload").inc(len(failed))
     for identity in failed:
         log.warning("run_without_upload", id=str(identity))
     _ring(queue.INGEST, queue.ring_upload, waiting_uploads)
@@ -74,6 +76,8 @@ def requeue_lost(table: jobs.JobTable) -> None:
         lost = jobs.requeue_lost(session, table)
         session.commit()
         ended = jobs.ended(session, table, lost)
+    SWEEPER.labels(action="requeued").inc(len(lost) - len(ended))
+    SWEEPER.labels(action="given_up").inc(len(ended))
     for identity in lost:
         log.warning("lease_ran_out", noun=table.__tablename__[:-1], id=str(identity))
     if table is Run:
@@ -88,6 +92,7 @@ def _ring(task: str, ring: Callable[[uuid.UUID], bool], waiting: list[uuid.UUID]
     for identity in waiting:
         if not ring(identity):
             return
+        SWEEPER.labels(action="rung_again").inc()
 
 
 def remove_orphans() -> None:
@@ -105,6 +110,7 @@ def remove_orphans() -> None:
         with open_session() as session:
             if uploads.is_open(session, upload_id):
                 continue
+        SWEEPER.labels(action="orphan_removed").inc()
         log.warning("orphan_removed", upload=str(upload_id))
         storage.remove(folder)
 
@@ -122,6 +128,7 @@ def remove_leftovers() -> None:
         with open_session() as session:
             over = jobs.ended(session, Run, [run_id])
         if over:
+            SWEEPER.labels(action="leftovers_removed").inc()
             log.warning("leftovers_removed", run=str(run_id))
             for path in left:
                 storage.remove(path)

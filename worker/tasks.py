@@ -2,6 +2,8 @@
 
 import uuid
 
+from structlog.contextvars import bound_contextvars
+
 from app import queue
 from worker.celery_app import STOP, app
 from worker.ingest import ingest
@@ -10,9 +12,11 @@ from worker.supervise import supervise
 
 @app.task(name=queue.INGEST)
 def ingest_upload(upload_id: str) -> None:
-    ingest(uuid.UUID(upload_id), STOP)
+    with bound_contextvars(upload=upload_id):
+        ingest(uuid.UUID(upload_id), STOP)
 
 
 @app.task(name=queue.TRAIN)
 def train_run(run_id: str) -> None:
-    supervise(uuid.UUID(run_id), STOP)
+    with bound_contextvars(run=run_id):
+        supervise(uuid.UUID(run_id), STOP)
