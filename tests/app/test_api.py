@@ -238,7 +238,7 @@ def test_a_path_that_is_nothing_and_a_wrong_method(api: TestClient):
 
 def test_health_and_readiness(api: TestClient):
     assert api.get("/healthz").json() == {"status": "ok"}
-    assert api.get("/readyz").json() == {"status": "ok"}
+    assert api.get("/readyz").json() == {"status": "ok", "broker": "ok"}
 
 
 def test_every_route_of_the_contract_is_documented(api: TestClient):
