@@ -76,6 +76,17 @@ def checkpoint(run_id: uuid.UUID) -> Path:
     return run(run_id) / "checkpoint"
 
 
+def run_leftovers(run_id: uuid.UUID) -> list[Path]:
+    """What only attempts still to come could need: the checkpoint, and the folders of attempts that were killed."""
+    return [checkpoint(run_id), *run(run_id).glob("attempt-*")]
+
+
+def remove_run_leftovers(run_id: uuid.UUID) -> None:
+    """Clear a run up that has ended."""
+    for path in run_leftovers(run_id):
+        remove(path)
+
+
 def _weights_dir() -> Path:
     return (settings().weights_dir or _root() / "weights").resolve()
 

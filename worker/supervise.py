@@ -308,14 +308,21 @@ def _conclude(attempt: _Attempt, status: int) -> None:
 
 def _release(attempt: _Attempt) -> None:
     """Give the run back; whoever claims it next goes on from its checkpoint."""
-    settle(lambda session: jobs.release(session, Run, attempt.run_id, attempt.number), attempt.stop)
-    queue.ring_run(attempt.run_id)
+
+    def release(session: Session) -> bool:
+        jobs.release(session, Run, attempt.run_id, attempt.number)
+        return bool(jobs.ended(session, Run, [attempt.run_id]))
+
+    if settle(release, attempt.stop):  # it was cancelled meanwhile
+        storage.remove_run_leftovers(attempt.run_id)
+    else:
+        queue.ring_run(attempt.run_id)
     log.info("run_released", run=str(attempt.run_id), attempt=attempt.number)
 
 
 def _end_cancelled(attempt: _Attempt) -> None:
     if settle(lambda session: jobs.end_cancelled(session, attempt.run_id, attempt.number), attempt.stop):
-        storage.remove(storage.checkpoint(attempt.run_id))
+        storage.remove_run_leftovers(attempt.run_id)
         log.info("run_cancelled", run=str(attempt.run_id), attempt=attempt.number)
 
 
@@ -324,7 +331,7 @@ def _end(attempt: _Attempt, problem: dict[str, str]) -> None:
         return jobs.fail(session, Run, attempt.run_id, attempt.number, problem, eta_s=None)
 
     if settle(fail, attempt.stop):
-        storage.remove(storage.checkpoint(attempt.run_id))
+        storage.remove_run_leftovers(attempt.run_id)
     log.warning("run_failed", run=str(attempt.run_id), attempt=attempt.number, code=problem["code"])
 
 
@@ -346,7 +353,7 @@ def _store(attempt: _Attempt) -> None:
         return True
 
     if settle(store, attempt.stop):
-        storage.remove(storage.checkpoint(attempt.run_id))
+        storage.remove_run_leftovers(attempt.run_id)
         log.info("run_succeeded", run=str(attempt.run_id), attempt=attempt.number)
     else:
         # Cancel came before the finish: exactly one of them wins. Or the run is another attempt's by now.

@@ -82,7 +82,7 @@ def requeue_lost(table: jobs.JobTable) -> None:
         log.warning("lease_ran_out", noun=table.__tablename__[:-1], id=str(identity))
     if table is Run:
         for identity in ended:
-            storage.remove(storage.checkpoint(identity))
+            storage.remove_run_leftovers(identity)
 
 
 def _ring(task: str, ring: Callable[[uuid.UUID], bool], waiting: list[uuid.UUID]) -> None:
@@ -118,17 +118,15 @@ def remove_orphans() -> None:
 def remove_leftovers() -> None:
     """Delete what killed attempts of finished runs left: nobody will go on from it."""
     for folder in storage.all_runs():
-        left = [path for path in folder.iterdir() if path.name == "checkpoint" or path.name.startswith("attempt-")]
-        if not left:
-            continue
         try:
             run_id = uuid.UUID(folder.name)
         except ValueError:
+            continue
+        if not any(path.exists() for path in storage.run_leftovers(run_id)):
             continue
         with open_session() as session:
             over = jobs.ended(session, Run, [run_id])
         if over:
             SWEEPER.labels(action="leftovers_removed").inc()
             log.warning("leftovers_removed", run=str(run_id))
-            for path in left:
-                storage.remove(path)
+            storage.remove_run_leftovers(run_id)

@@ -106,12 +106,22 @@ def fail(
 
 
 def release(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:
-    """Give a running job back unharmed, as a worker does that is told to stop. Not a lost attempt."""
+    """Give a running job back unharmed, as a worker does that is told to stop. Not a lost attempt.
+
+    A run that was asked to stop meanwhile has stopped with that.
+    """
+    values: dict[str, Any] = {"state": "queued"}
+    if table is Run:
+        asked = Run.cancel_requested_at.is_not(None)
+        values = {
+            "state": case((asked, "cancelled"), else_="queued"),
+            "finished_at": case((asked, func.now())),
+        }
     return _changed(
         session,
         update(table)
         .where(table.id == identity, table.attempt == attempt, table.state == "running")
-        .values(state="queued", lease_until=None),
+        .values(lease_until=None, **values),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import func, select, true, tuple_, update
+from sqlalchemy import case, func, select, true, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
@@ -129,18 +129,18 @@ def latest(session: Session, collection_ids: Sequence[uuid.UUID], each: int) -> 
 
 def cancel(session: Session, run_id: uuid.UUID) -> Run:
     """A queued run ends at once; a running one is asked to, and its worker answers within seconds."""
-    cancelled = session.scalar(
+    queued = Run.state == "queued"
+    # One statement: between two, a worker could give the run back, and neither would meet it.
+    session.execute(
         update(Run)
-        .where(Run.id == run_id, Run.state == "queued")
-        .values(state="cancelled", cancel_requested_at=func.now(), finished_at=func.now())
-        .returning(Run.id)
-    )
-    if cancelled is None:
-        session.execute(
-            update(Run)
-            .where(Run.id == run_id, Run.state == "running")
-            .values(cancel_requested_at=func.coalesce(Run.cancel_requested_at, func.now()))
+        .where(Run.id == run_id, Run.state.in_(collections.OPEN_STATES))
+        .values(
+            state=case((queued, "cancelled"), else_=Run.state),
+            cancel_requested_at=func.coalesce(Run.cancel_requested_at, func.now()),
+            finished_at=case((queued, func.now())),
         )
+        .execution_options(synchronize_session=False)
+    )
     run = session.get(Run, run_id, populate_existing=True)
     if run is None:
         raise not_found("run", run_id)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,7 @@ from tests.pictures import two_kinds, zip_of
 
 # `make test-faults` does all the counts that docs/faults.md names; the ordinary suite a few of each.
 FULL = os.environ.get("KINDRED_FAULTS") == "full"
+only_in_full = pytest.mark.skipif(not FULL, reason="takes minutes; `make test-faults` runs it")
 
 
 @pytest.fixture
@@ -56,7 +56,3 @@ def collection(started: Stack) -> str:
         upload = started.upload(zip_of(two_kinds(24)))
         assert started.ended(upload["links"]["self"])["state"] == "succeeded"
     return str(upload["collection_id"])
-
-
-def wait_until_gone(path: Path) -> bool:
-    return not path.exists()

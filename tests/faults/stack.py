@@ -196,6 +196,7 @@ class Stack:
         wait_for(self.answers, every_s=0.02)
 
     def answers(self) -> bool:
+        assert self.api.running, self.api.log.read_text()[-2000:]
         try:
             return self.http.get("/readyz").status_code == 200
         except httpx.TransportError:

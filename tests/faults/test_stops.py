@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import FULL
+from tests.faults.conftest import FULL, only_in_full
 from tests.faults.stack import Stack, wait_for
 from tests.faults.table import Seen
 from tests.faults.test_kills import WHOLE, is_alive, steps_done
@@ -73,6 +73,7 @@ def members(group: int) -> list[int]:
     return found
 
 
+@only_in_full
 @pytest.mark.skipif(FAKETIME is None, reason="needs libfaketime (Debian: apt install libfaketime)")
 @pytest.mark.parametrize("offset", ["+1h", "-1h"] if FULL else ["+1h"])
 def test_a_clock_that_is_an_hour_off(stack: Stack, collection: str, seen: Seen, offset: str):
