@@ -7,13 +7,14 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app import queue
-from app.access import GuardedRoute
+from app.access import GuardedRoute, authenticate, caller_of
 from app.api.deps import Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
 from app.api.problems import responses
 from app.api.replay import digest
 from app.api.schemas import PageOf, RunOut
 from app.db.session import tenant_of, tenant_session
 from app.db.tables import TERMINAL_STATES
+from app.errors import Unauthenticated
 from app.services import idempotency, runs
 from app.services.parameters import Parameters
 
@@ -95,12 +96,20 @@ def stream_events(run_id: uuid.UUID, request: Request, session: DatabaseSession)
     )
 
 
+def _may_stay(request: Request) -> bool:
+    """Whether whoever listens would still be let in: a key may be revoked meanwhile."""
+    try:
+        return authenticate(request).tenant_id == caller_of(request).tenant_id
+    except Unauthenticated:
+        return False
+
+
 async def _events(run_id: uuid.UUID, tenant_id: uuid.UUID, request: Request) -> AsyncIterator[str]:
     def read() -> RunOut:
         with tenant_session(tenant_id) as session:
             return RunOut.of(runs.get(session, run_id))
 
-    last, quiet = "", 0
+    last, quiet, polls = "", 0, 0
     while not await request.is_disconnected():
         run = await run_in_threadpool(read)
         data = run.model_dump_json()
@@ -110,7 +119,9 @@ async def _events(run_id: uuid.UUID, tenant_id: uuid.UUID, request: Request) -> 
             last, quiet = data, 0
         if over:
             return
-        quiet += 1
+        quiet, polls = quiet + 1, polls + 1
+        if polls % _KEEP_ALIVE_POLLS == 0 and not await run_in_threadpool(_may_stay, request):
+            return
         if quiet >= _KEEP_ALIVE_POLLS:
             yield ": still here\n\n"
             quiet = 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -179,6 +180,23 @@ def test_a_revoked_key_opens_nothing_from_the_next_request_on(api: TestClient):
     assert first is not None
     assert_problem(api.get("/v1/collections", headers=bearer(other)), 401, "revoked-key")
     assert api.post(f"{row['links']['self']}/revoke", headers=admin).json()["revoked_at"] == first
+
+
+def test_a_stream_ends_with_its_key(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.api.runs._POLL_S", 0.02)
+    key, other = bearer(make_key()), bearer(make_key())
+    run = api.post("/v1/cluster", files={"file": archive()}, data={"clusters": "2"}, headers=key).json()
+
+    def revoke() -> None:
+        for row in api.get("/v1/keys", headers=other).json()["items"][1:]:
+            api.post(f"{row['links']['self']}/revoke", headers=other)
+
+    timer = threading.Timer(1.0, revoke)
+    timer.start()
+    heard = api.get(run["links"]["events"], headers=key).text  # would not end by itself: the run waits for ever
+    timer.join()
+    assert "event: progress" in heard
+    assert "event: end" not in heard
 
 
 def test_the_time_of_the_last_use_is_known(api: TestClient):
