@@ -81,8 +81,9 @@ def test_a_disk_that_is_full_during_an_upload(small: Stack, seen: Seen):
         assert (answer.status_code, answer.json()["type"]) == (507, "/problems/storage-full"), leave
         incoming = small.files / "incoming"
         assert not incoming.exists() or list(incoming.iterdir()) == []
-        assert small.http.get("/readyz").status_code == 200
+        assert small.http.get("/healthz").status_code == 200
         ballast.unlink()
+        assert small.answers()
     assert small.rows("SELECT count(*) FROM uploads")[0]["count"] == 0
 
     # Received, but no room to unpack it.

@@ -2,6 +2,7 @@
 
 import os
 import random
+import select
 import socket
 import time
 
@@ -20,12 +21,14 @@ def test_the_api_is_killed_in_the_middle_of_an_upload(stack: Stack, collection: 
     incoming = stack.files / "incoming"
     with socket.create_connection(("127.0.0.1", stack.port)) as sending:
         sending.sendall(
-            f"POST /v1/collections/{collection}/uploads HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n"
+            f"POST /v1/collections/{collection}/uploads HTTP/1.1\r\n"
+            f"Host: 127.0.0.1:{stack.port}\r\nContent-Length: 100000000\r\n"
             "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
             '--x\r\nContent-Disposition: form-data; name="file"; filename="a.zip"\r\n\r\nPK\x03\x04'.encode()
         )
         for _ in range(50):
             sending.sendall(b"0" * 65536)
+        assert not select.select([sending], [], [], 0.5)[0], sending.recv(4096)  # it has nothing to say yet
         (half,) = wait_for(lambda: incoming.exists() and list(incoming.iterdir()))
         wait_for(lambda: (half / "000000").exists() and (half / "000000").stat().st_size > 2**20)
         stack.api.kill()
@@ -89,10 +92,10 @@ def test_an_upload_whose_worker_always_dies_takes_back_what_it_brought(stack: St
             worker.kill()
             stack.restart(worker)
         ended = stack.ended(upload["links"]["self"])
+        wait_for(lambda: not (stack.files / "incoming" / upload_id).exists())
     assert (ended["state"], ended["problem"]["code"]) == ("failed", "worker_lost")
     assert "3 times" in ended["problem"]["detail"]
     assert stack.rows("SELECT count(*) FROM images WHERE upload_id = %s", upload_id)[0]["count"] == 0
     folder = stack.files / "collections" / ended["collection_id"]
     assert [found for found in folder.rglob("*") if found.is_file()] == []
-    wait_for(lambda: not (stack.files / "incoming" / upload_id).exists())
     seen("an ingest that dies every time", "failed after 3 attempts, nothing kept", "worker_lost; 0 images, 0 files")
