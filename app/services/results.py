@@ -164,9 +164,7 @@ def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
     assert driver is not None  # noqa: S101 - a live session has one
     with (
         driver.cursor() as cursor,
-        cursor.copy(
-            f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER)"
-        ) as copy,
+        cursor.copy(f"COPY ({select_labels}) TO STDOUT (FORMAT csv, HEADER)") as copy,
     ):
         for block in copy:
             yield bytes(block)
