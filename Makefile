@@ -16,7 +16,7 @@ help:
 	@echo "make demo IMAGES=path    the same with your own folder or archive"
 	@echo "make up                  the service on http://127.0.0.1:8000 (another port: KINDRED_PORT=8001 make up)"
 	@echo "make test                the whole test suite"
-	@echo "make test-faults         every promise under faults in full, about half an hour; prints a table"
+	@echo "make test-faults         every promise under faults in full; prints a table"
 	@echo "make check               format, lint, types, import contract, fast tests"
 	@echo "make clean               remove the environment (your data in var/ stays)"
 
