@@ -67,9 +67,9 @@ def _logs(loglevel: int | str = "INFO", **_: Any) -> None:
 
 # Not when the worker is ready, which it is not before Redis answers.
 @worker_init.connect
-def _start_sweeping(sender: Any = None, **_: Any) -> None:
+def _start_sweeping(sender: Any, **_: Any) -> None:
     Sweeper(STOP).start()
-    Reporter(str(sender), STOP).start()
+    Reporter(sender.hostname, STOP).start()
 
 
 @worker_shutting_down.connect
