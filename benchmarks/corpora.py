@@ -62,7 +62,9 @@ def pngsuite(path: Path) -> Files:
     with tarfile.open(path) as archive:
         for member in archive:
             if member.name.endswith("/code/pngsuite.py") and (read := archive.extractfile(member)):
-                found = re.findall(r"""['"](\w+)['"]: _dehex\(b?["']{3}(.*?)["']{3}\)""", read.read().decode(), re.DOTALL)
+                found = re.findall(
+                    r"""['"](\w+)['"]: _dehex\(b?["']{3}(.*?)["']{3}\)""", read.read().decode(), re.DOTALL
+                )
                 return {f"pngsuite/{name}.png": bytes.fromhex(digits) for name, digits in found}
     return {}
 
