@@ -93,6 +93,7 @@ def test_a_disk_that_is_full_during_an_upload(small: Stack, seen: Seen):
         ended = small.ended(upload["links"]["self"])
         assert (ended["state"], ended["problem"]["code"]) == ("failed", "storage-full")
         assert worker.running
+        wait_for(lambda: not list((small.files / "incoming").iterdir()), 10)
         ours = (ballast.name, "metrics")  # what workers count is no file of a user
         left = [path for top in small.files.iterdir() if top.name not in ours for path in top.rglob("*")]
         left = [path for path in left if path.is_file()]
