@@ -59,8 +59,8 @@ def page(
     headers: dict[str, str] | None = None,
     **context: Any,
 ) -> HTMLResponse:
-    """`caller`: who looks at it, where that is known."""
-    body = _TEMPLATES.get_template(template).render(caller=caller, **context)
+    """`caller`: who looks at it, where that is known; `who` in templates, as macros have a `caller` of Jinja's own."""
+    body = _TEMPLATES.get_template(template).render(who=caller, **context)
     # After the sign-out, the back button must find nothing.
     kept = {"Cache-Control": "no-store"} if caller and caller.by == "browser" else {}
     return HTMLResponse(body, status_code=status, headers={**(headers or {}), **_HEADERS, **kept})
