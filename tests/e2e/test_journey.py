@@ -44,7 +44,7 @@ def test_good_bad_and_doubled_files_each_get_their_row(http: httpx.Client):
     run = answer.raise_for_status().json()
     upload = wait(http, run["links"]["upload"])
     assert upload["state"] == "succeeded"
-    assert upload["counts"] == {"received": 16, "accepted": 13, "duplicate": 1, "rejected": 2, "ignored": 2}
+    assert upload["counts"] == {"received": 16, "accepted": 12, "duplicate": 1, "rejected": 3, "ignored": 2}
     ledger = {row["filename"]: row for row in http.get(upload["links"]["files"]).json()["items"]}
     assert ledger["truncated.jpg"]["outcome"] == "rejected"
     assert ledger["truncated.jpg"]["reason_code"] == "truncated"
@@ -52,13 +52,14 @@ def test_good_bad_and_doubled_files_each_get_their_row(http: httpx.Client):
     copy = ledger["again/copy of 000.png"]
     assert (copy["outcome"], copy["image_id"]) == ("duplicate", ledger["stripes/000.png"]["image_id"])
     assert "n" * 296 + ".png" in ledger
+    assert ledger["escape.png"]["reason_code"] == "unsafe-name"
     assert all(".." not in name for name in ledger)
     run = wait(http, run["links"]["self"])
     assert run["state"] == "succeeded", run
     labels = http.get(run["links"]["labels_json"]).json()["items"]
-    assert len(labels) == 13
+    assert len(labels) == 12
     clusters = http.get(run["links"]["clusters"]).json()["items"]
-    assert sum(cluster["size"] for cluster in clusters) == 13
+    assert sum(cluster["size"] for cluster in clusters) == 12
     for cluster in clusters:
         members = http.get(cluster["links"]["images"]).json()["items"]
         assert len(members) == cluster["size"]
