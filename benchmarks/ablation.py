@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.archives import Selection, unpack
+from benchmarks.archives import Selection, frozen_features, unpack
 from models import heads
 from models.config import METHODS
-from models.features import cores, extract
 from models.heads import HeadConfig
 from models.metrics import quality
 from models.progress import finish
@@ -72,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def features(selection: Selection) -> tuple[np.ndarray, list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(selection, Path(scratch) / "images")
-        settings = {"backbone": "efficientnet_lite0", "image_size": 224, "threads": cores(), "device": "cpu"}
-        return finish(extract(sources, cache_dir=None, **settings)), truth  # type: ignore[arg-type]  # one dict
+        return frozen_features(sources), truth
 
 
 def score(features_NF: np.ndarray, truth: Sequence[str], variant: Variant, seed: int) -> dict[str, float]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.train import Source
+from models.features import Source, cores, extract
+from models.progress import finish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +62,10 @@ def unpack(selection: Selection, folder: Path) -> tuple[list[Source], list[str]]
             sources.append(Source(key=hashlib.sha256(content).hexdigest(), path=path))
             truth.append(classes[number])
     return sources, truth
+
+
+def frozen_features(sources: list[Source], *, cache: Path | None = None) -> np.ndarray:
+    """What the default backbone makes of the pictures, float16 of shape (N, F)."""
+    return finish(
+        extract(sources, backbone="efficientnet_lite0", image_size=224, cache_dir=cache, threads=cores(), device="cpu")
+    )

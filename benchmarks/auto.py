@@ -18,11 +18,10 @@ import numpy as np
 import torch
 
 from benchmarks import cluster_numbers
-from benchmarks.archives import Selection, unpack
+from benchmarks.archives import Selection, frozen_features, unpack
 from models import auto, heads, hierarchy
 from models.auto import Estimate
 from models.config import METHODS
-from models.features import cores, extract
 from models.metrics import quality
 from models.progress import finish
 
@@ -60,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def features(selection: Selection, cache: Path | None) -> tuple[np.ndarray, list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(selection, Path(scratch) / "images")
-        steps = extract(
-            sources, backbone="efficientnet_lite0", image_size=224, cache_dir=cache, threads=cores(), device="cpu"
-        )
-        return finish(steps), truth
+        return frozen_features(sources, cache=cache), truth
 
 
 def in_words(found: Estimate) -> str:

@@ -11,17 +11,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-from benchmarks.archives import Selection, unpack
-from models import assign, heads
-from models.committee import Committee
+from benchmarks.archives import Selection, frozen_features, unpack
+from models import assign, committee, heads
 from models.config import METHODS
-from models.features import cores, extract
 from models.metrics import calibration
 from models.progress import finish
 
@@ -84,9 +83,7 @@ def features(selection: Selection) -> tuple[np.ndarray, np.ndarray]:
         reported = Selection(archive=selection.archive, images=10_000).rows(class_N)
         rest = np.setdiff1d(np.arange(len(sources)), reported)
         rows = np.random.default_rng(77).permutation(rest)[:IMAGES]
-        settings = {"backbone": "efficientnet_lite0", "image_size": 224, "threads": cores(), "device": "cpu"}
-        chosen = [sources[row] for row in rows]
-        return finish(extract(chosen, cache_dir=None, **settings)), class_N[rows]  # type: ignore[arg-type]  # one dict
+        return frozen_features([sources[row] for row in rows]), class_N[rows]
 
 
 def drawn(class_N: np.ndarray, classes: int, images: int, *, skewed: bool, seed: int) -> np.ndarray:
@@ -99,18 +96,17 @@ def drawn(class_N: np.ndarray, classes: int, images: int, *, skewed: bool, seed:
 
 def measure(features_BF: np.ndarray, class_B: np.ndarray) -> Draw:
     """Group once, then assign what was predicted at every temperature."""
-    predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
-    plain = Committee.predictions
+    assigned: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def kept(committee: Committee, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        predictions.append(plain(committee, *arguments))
-        return predictions[-1]
+    def kept(p_BK: torch.Tensor, q_BK: torch.Tensor, **settings: Any) -> assign.Assignment:
+        assigned.append((p_BK, q_BK))
+        return assign.assign(p_BK, q_BK, **settings)
 
     defaults = METHODS["scl"]["head"]
     clusters = len(np.unique(class_B))
-    with patch.object(Committee, "predictions", kept):
+    with patch.object(committee, "assign", kept):
         finish(heads.train(features_BF, clusters=clusters, epochs=defaults.epochs, restarts=defaults.restarts, seed=0))
-    p_BK, q_BK = (torch.cat(parts) for parts in zip(*predictions[1:], strict=True))  # the first are a sample of them
+    p_BK, q_BK = (torch.cat(parts) for parts in zip(*assigned, strict=True))
     truth = [str(number) for number in class_B]
     errors = []
     for temperature in TEMPERATURES:

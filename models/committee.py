@@ -43,7 +43,7 @@ class Committee:
         config: SclConfig,
     ) -> None:
         self.images_each = images_each
-        self.config, self.labels_RS, self.scores, self.projection_RDD = config, labels_RS, scores, projection_RDD
+        self.config, self.labels_RS, self.projection_RDD = config, labels_RS, projection_RDD
         self.reference = central(labels_RS, scores)
         clusters = centres_RKD.shape[1]
         aligned = [
@@ -63,17 +63,16 @@ class Committee:
         """
         clusters = self.centres_RKD.shape[1]
         block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * clusters)))
-        some = slice(None, None, -(-len(z_ND) // block))  # at most a block of them
-        p_BK, q_BK = self.predictions(z_ND[some], neighbours_NM[some])
+        stride = -(-len(z_ND) // block)
+        # A block of images from all over the collection tells how often the predictions differ.
+        p_BK, q_BK = self.predictions(z_ND[::stride], neighbours_NM[::stride])
         differ = float((p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).float().mean())
-        temperature = calibrated_temperature(differ, self.images_each)
+        rule, temperature = self.config.rule, calibrated_temperature(differ, self.images_each)
+        if stride == 1:
+            return assign(p_BK, q_BK, rule=rule, temperature=temperature)
         return concatenate(
             [
-                assign(
-                    *self.predictions(z_ND[rows_B], neighbours_NM[rows_B]),
-                    rule=self.config.rule,
-                    temperature=temperature,
-                )
+                assign(*self.predictions(z_ND[rows_B], neighbours_NM[rows_B]), rule=rule, temperature=temperature)
                 for rows_B in space.blocks(len(z_ND), block)
             ]
         )

@@ -91,12 +91,13 @@ def train(
             yield Step(done=done, total=restarts * epochs, details=details)
         trained[-1].end()
 
+    scores = [value for heads in trained for value in heads.scores]
     committee = Committee(
         z_SD,
         projection_RDD=torch.cat([heads.projection_RDD.detach() for heads in trained]),
         centres_RKD=torch.cat([heads.centres_RKD.detach() for heads in trained]),
         labels_RS=np.concatenate([heads.labels_RS for heads in trained]),
-        scores=[value for heads in trained for value in heads.scores],
+        scores=scores,
         images_each=config.drawn(len(z_SD), clusters) / clusters,
         config=config,
     )
@@ -120,7 +121,7 @@ def train(
             "centres": committee.centres_RKD.cpu().numpy(),
             "boundary_temperature": np.array([config.boundary_temperature], np.float32),
         },
-        scores=committee.scores,
+        scores=scores,
         restarts_agreement=agreement(list(committee.labels_RS)),
     )
 

@@ -10,6 +10,11 @@ from typing import Any
 from app.config import settings
 from app.processes import launch_command
 
+# What a run fails with, whether the trainer or its supervisor finds no room.
+STORAGE_FULL = {
+    "code": "storage-full",
+    "detail": "The service has no room left for what this run makes; start it again when there is some.",
+}
 _TRAINER = ("-m", "worker.trainer")
 
 

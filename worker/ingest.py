@@ -93,8 +93,7 @@ def ingest(upload_id: uuid.UUID, stop: threading.Event) -> None:
     started = time.monotonic()
     try:
         if upload.lost_attempts >= settings().max_attempts:
-            times = f"The worker was lost {upload.lost_attempts} times while it worked on this; it was given up."
-            attempt.fail("worker_lost", times)
+            attempt.fail("worker_lost", jobs.LOST_DETAIL.format(upload.lost_attempts))
         else:
             attempt.work()
     except _LostError:

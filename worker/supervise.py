@@ -33,7 +33,7 @@ from app.errors import Invalid
 from app.services import jobs, results, runs, tabular
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
-from worker.command import trainer_command
+from worker.command import STORAGE_FULL, trainer_command
 from worker.sweep import requeue_lost
 from worker.transactions import settle
 
@@ -45,13 +45,9 @@ _RETRY_S = 1.0
 # How long a trainer that is asked to leave may take: it ends its step and writes a checkpoint.
 _TERMINATE_S = 15.0
 _LOG_TAIL = 8000
-# torchrun ends with status 1 whatever became of its processes, and reports each.
-_FULL = {
-    "code": "storage-full",
-    "detail": "The service has no room left for what this run makes; start it again when there is some.",
-}
 # What a trainer's folder holds besides the artefacts of the run.
 _INTERMEDIATE = ("specification.json", "result.json", "result.npz", "alive")
+# torchrun ends with status 1 whatever became of its processes, and reports each.
 _KILLED_IN_TORCHRUN = re.compile(r"^ *exitcode +: -\d+ ", re.MULTILINE)
 
 
@@ -126,7 +122,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
     except OSError as error:
         if not storage.is_full(error):
             raise
-        _end(attempt, _FULL)
+        _end(attempt, STORAGE_FULL)
     finally:
         storage.remove(attempt.folder)
 

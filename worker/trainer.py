@@ -31,6 +31,7 @@ from models.config import BackboneError
 from models.features import cores
 from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
+from worker.command import STORAGE_FULL
 
 _PR_SET_PDEATHSIG = 1
 EXIT_INPUT_ERROR = 2
@@ -60,8 +61,7 @@ def main() -> int:
     except OSError as error:
         if not is_full(error):
             raise
-        detail = "The service has no room left for what this run makes; start it again when there is some."
-        _tell("error", code="storage-full", detail=detail)
+        _tell("error", **STORAGE_FULL)
         return EXIT_STORAGE_FULL
     return 0
 

@@ -10,7 +10,7 @@ import uuid
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, CursorResult, and_, case, exists, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, Text, and_, case, cast, exists, func, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
@@ -19,6 +19,9 @@ from app.db.tables import Run, Upload
 
 JobTable = type[Upload] | type[Run]
 J = TypeVar("J", Upload, Run)
+
+# Of a run or an upload that was given up as `worker_lost`; how often it was lost fills the gap.
+LOST_DETAIL = "The worker was lost {} times while it worked on this; it was given up."
 
 
 def _lease() -> ColumnElement[Any]:
@@ -156,7 +159,7 @@ def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
         "code",
         "worker_lost",
         "detail",
-        func.concat("The worker was lost ", lost, " times while it worked on this; it was given up."),
+        func.replace(LOST_DETAIL, "{}", cast(lost, Text)),
     )
     cancelled = Run.cancel_requested_at.is_not(None)
     state = case((cancelled, literal("cancelled")), (over, literal("failed")), else_=literal("queued"))

@@ -40,7 +40,7 @@ def form(request: Request, next: str = "/") -> Response:  # noqa: A002 - the nam
 def sign_in(
     request: Request,
     key: Annotated[str, Form(max_length=200)] = "",
-    next: Annotated[str, Form(max_length=2000)] = "/",  # noqa: A002
+    next: Annotated[str, Form(max_length=2000)] = "/",  # noqa: A002 - as above
 ) -> Response:
     try:
         with tenant_session(None) as session:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from app.config import Settings
 from app.up import running_service
+from tests.e2e.browser import ARGUMENTS, CHROMIUM
 
 
 def free_port() -> int:
@@ -24,3 +26,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     )
     with running_service(settings) as url:
         yield url
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()

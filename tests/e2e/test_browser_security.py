@@ -23,11 +23,13 @@ from app.db.session import open_session
 from app.embedded import ServerUrls
 from app.services import results
 from tests.app.keys import bearer, make_key
+from tests.e2e.browser import MARKS, archive, submit
 from tests.e2e.conftest import free_port
 from tests.e2e.test_compose import await_ready
-from tests.e2e.test_dashboard import archive, chromium, pytestmark, submit  # noqa: F401 - a fixture, and marks
 from tests.pictures import picture, two_kinds, zip_of
 from worker.ingest import ingest
+
+pytestmark = MARKS
 
 ATTACK = "parent.hacked=self.hacked=window.hacked=1;alert(1)"
 NAMES = [
@@ -80,7 +82,7 @@ def api_url(servers: ServerUrls, database: None, tmp_path: Path) -> Iterator[str
 
 
 @pytest.fixture
-def context(chromium, api_url: str) -> Iterator[BrowserContext]:  # noqa: F811
+def context(chromium, api_url: str) -> Iterator[BrowserContext]:
     context = chromium.new_context(base_url=api_url)
     yield context
     context.close()

@@ -3,35 +3,18 @@
 import csv
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.pictures import picture, two_kinds, zip_of
+from tests.e2e.browser import MARKS, archive, submit
+from tests.pictures import picture, two_kinds
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 WORK_MS = 200_000
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("service"),
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -46,19 +29,6 @@ def page(chromium: Browser, service: str) -> Iterator[Page]:
     yield page
     context.close()
     assert len(complaints) == page.expected_complaints, complaints
-
-
-def submit(page: Page, files: list[dict], *, name: str, clusters: int = 2) -> None:
-    page.goto("/")
-    page.locator("#files").set_input_files(files)
-    page.get_by_role("textbox", name="Name").fill(name)
-    page.get_by_role("spinbutton", name="Clusters").fill(str(clusters))
-    page.get_by_role("combobox", name="Method").select_option("kmeans")
-    page.get_by_role("button", name="Upload and group").click()
-
-
-def archive(files: dict[str, bytes]) -> list[dict]:
-    return [{"name": "pictures.zip", "mimeType": "application/zip", "buffer": zip_of(files)}]
 
 
 def is_shown(image: Locator) -> bool:

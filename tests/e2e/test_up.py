@@ -174,7 +174,7 @@ def test_with_a_key_it_may_listen_to_other_machines(tmp_path: Path):
     data_dir, port = tmp_path / "var", free_port()
     output = tmp_path / "out.txt"
     first = kindred(data_dir, "keys", "create", "first", "--scope", "admin").stdout.strip()  # nothing runs yet
-    with kindred_up(data_dir, port, KINDRED_HOST="0.0.0.0", KINDRED_API_KEY="not for the children") as process:  # noqa: S104
+    with kindred_up(data_dir, port, KINDRED_HOST="0.0.0.0", KINDRED_API_KEY="not for the children") as process:  # noqa: S104 - a key lets it
         wait_for(lambda: "Kindred is ready" in output.read_text())
         assert "every request needs a key" in output.read_text()
         for host in ("127.0.0.1", socket.gethostbyname(socket.gethostname())):

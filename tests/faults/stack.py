@@ -297,7 +297,7 @@ class Stack:
         with psycopg.connect(
             host=host, port=place["port"], user="kindred", dbname="kindred", row_factory=psycopg.rows.dict_row
         ) as connection:
-            cursor = connection.execute(statement, values)  # type: ignore[arg-type]
+            cursor = connection.execute(statement, values)  # type: ignore[arg-type]  # it asks for literals
             return cursor.fetchall() if cursor.description else []
 
     def folder(self, run_id: str) -> Path:

@@ -20,15 +20,17 @@ def test_the_same_message_fifty_times(stack: Stack, collection: str, seen: Seen)
         stack.broker().lpush("train", message)
     with stack.workers("train", "train") as workers:
         assert stack.ended(f"/v1/runs/{run_id}")["state"] == "succeeded"
-        heard = lambda: sum(worker.said("kindred.train[") // 2 for worker in workers)  # noqa: E731
-        refused = lambda: sum(worker.said("nothing_to_claim") for worker in workers)  # noqa: E731
-        wait_for(lambda: refused() >= 49)
-        claims = sum(worker.said("run_claimed") for worker in workers)
+
+        def said(words: str) -> int:
+            return sum(worker.said(words) for worker in workers)
+
+        wait_for(lambda: said("nothing_to_claim") >= 49)
+        claims, refused = said("run_claimed"), said("nothing_to_claim")
         assert stack.broker().llen("train") == 0
-        assert heard() >= 49
+        assert said("kindred.train[") // 2 >= 49
     row = stack.row(run_id)
-    assert (claims, refused(), row["attempt"], row["lost_attempts"]) == (1, 49, 1, 0)
-    seen("the same message 50 times", "1 claim, 49 no-ops", f"{claims} claim, {refused()} no-ops, 2 workers")
+    assert (claims, refused, row["attempt"], row["lost_attempts"]) == (1, 49, 1, 0)
+    seen("the same message 50 times", "1 claim, 49 no-ops", f"{claims} claim, {refused} no-ops, 2 workers")
 
 
 def test_the_api_dies_between_commit_and_doorbell(stack: Stack, collection: str, seen: Seen):
