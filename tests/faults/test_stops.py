@@ -52,8 +52,9 @@ def test_a_cancel_frees_the_memory(stack: Stack, collection: str, seen: Seen):
         assert stack.ended(f"/v1/runs/{run_id}", 20)["state"] == "cancelled"
         took_s = time.monotonic() - asked
         assert members(group) == []
-        assert not (stack.folder(run_id) / "checkpoint").exists()
-        assert not list(stack.folder(run_id).glob("attempt-*"))
+        # Cleared away once the end is committed, not before: a moment later.
+        left = ("checkpoint", "attempt-*")
+        wait_for(lambda: not any(list(stack.folder(run_id).glob(name)) for name in left), 5)
     assert took_s <= 20
     seen(
         "cancel in a training", "stops <= 20 s, memory free", f"{took_s:.1f} s; {held / 2**20:.0f} MiB, no process left"
