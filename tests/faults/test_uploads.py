@@ -66,6 +66,8 @@ def test_an_ingest_is_killed_in_the_middle(stack: Stack, seen: Seen):
             worker.kill()
             stack.restart(worker)
         ended = stack.ended(path)
+        # Cleared up after the commit that ended it.
+        wait_for(lambda: not (stack.files / "incoming" / upload_id).exists(), 10)
     assert ended["state"] == "succeeded", ended["problem"]
     assert ended["counts"] == {"received": 3000, "accepted": 2900, "duplicate": 100, "rejected": 0, "ignored": 0}
     rows = stack.rows("SELECT filename FROM upload_files WHERE upload_id = %s ORDER BY position", upload_id)
@@ -73,7 +75,6 @@ def test_an_ingest_is_killed_in_the_middle(stack: Stack, seen: Seen):
     folder = stack.files / "collections" / ended["collection_id"]
     assert sum(1 for found in (folder / "originals").rglob("*") if found.is_file()) == 2900
     assert not list(folder.glob("staging/*"))
-    assert not (stack.files / "incoming" / upload_id).exists()
     lost = stack.row(upload_id, "uploads")["lost_attempts"]
     seen(
         f"ingest killed {kills} times", "no double rows", f"{lost} attempts lost; 3,000 files, 3,000 rows, 2,900 images"
