@@ -82,8 +82,12 @@ def to_onnx(network: EfficientNet) -> onnx.ModelProto:
     for block in network._blocks:  # noqa: SLF001  # its layers so
         x = graph.block(x, block)
     x = graph.relu6(graph.convolution(x, network._conv_head, network._bn1))  # noqa: SLF001
-    x = graph.add("GlobalAveragePool", [x])
-    graph.add("Flatten", [x], output="features")
+    cubes = graph.add("Mul", [x, graph.add("Mul", [x, x])])
+    mean = graph.add(
+        "Max", [graph.add("GlobalAveragePool", [cubes]), graph.constant(np.float32(networks.POOLED_FLOOR))]
+    )
+    root = graph.add("Pow", [mean, graph.constant(np.float32(1 / 3))])
+    graph.add("Flatten", [root], output="features")
     return graph.model()
 
 

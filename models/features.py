@@ -3,8 +3,8 @@
 Letters in shapes: N images, U images that are not in the cache, B batch, D feature size, H and W pixels.
 
 The cache is a folder of parts, each a `part-X.npy` with its images' keys in `part-X.keys` beside it. A part
-appears whole or not at all, and is found by the digest of the weights, the image size and the preprocessing:
-any of them changed is another folder.
+appears whole or not at all, and is found by the digest of the weights, the image size, the preprocessing and
+the pooling: any of them changed is another folder.
 """
 
 import hashlib
@@ -62,7 +62,9 @@ def extract(
     cache = None
     if cache_dir is not None:
         digest = networks.digest(backbone, weights)[:16]
-        cache = cache_dir / f"{backbone.replace('/', '-')}-{digest}-{image_size}-{images.PREPROCESSING}"
+        cache = (
+            cache_dir / f"{backbone.replace('/', '-')}-{digest}-{image_size}-{images.PREPROCESSING}-{networks.POOLING}"
+        )
     row_of = {source.key: row for row, source in enumerate({s.key: s for s in sources}.values())}
     features_UD = np.empty((len(row_of), networks.feature_size(backbone, image_size=image_size)), np.float16)
     found = set(read_parts(cache, row_of, features_UD)) if cache else set()

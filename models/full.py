@@ -150,6 +150,7 @@ class Training:
             "engine": {**asdict(self.config), "batch": self.batch, "precision": str(self.precision)},
             "backbone": backbone,
             "weights": networks.digest(backbone, weights),
+            "pooling": networks.POOLING,
             "image_size": size,
             "clusters": clusters,
             "epochs": epochs,

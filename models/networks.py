@@ -29,6 +29,9 @@ IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 HALF: Colour = (0.5, 0.5, 0.5)
 # Up to here ResNets start with a 3x3 convolution and no pooling, as all work on CIFAR does (He et al. 2016, 4.2).
 SMALL_IMAGE = 64
+# Part of the address of what is kept of features: change it whenever the way from maps to features changes.
+POOLING = "gem3"
+POOLED_FLOOR = 1e-12
 # Where checkpoints of training scripts keep the weights.
 NESTS = ("state_dict", "model")
 
@@ -48,7 +51,7 @@ class Network(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite up to the pooled features; its classifier is gone."""
+    """EfficientNet-Lite up to its features, pooled by a generalised mean; its classifier is gone."""
 
     def __init__(self, *, image_size: int) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         maps_BFHW: Tensor = self.layers.extract_features(x_BCHW)
-        return pooled(maps_BFHW)
+        return generalised_mean(maps_BFHW)
 
 
 class SlimResNet(nn.Module):
@@ -91,6 +94,16 @@ class SlimResNet(nn.Module):
 def pooled(maps_BFHW: Tensor) -> Tensor:
     """The mean over all places, with float32's digits also where the maps have fewer."""
     return maps_BFHW.mean(dim=(2, 3), dtype=torch.promote_types(maps_BFHW.dtype, torch.float32))
+
+
+def generalised_mean(maps_BFHW: Tensor) -> Tensor:
+    """`mean(x³)^⅓` over all places (Radenović, Tolias and Chum 2018), for maps that are nowhere negative.
+
+    Where something stands out counts more than how much of the picture it covers.
+    """
+    cubes_BFHW = maps_BFHW.to(torch.promote_types(maps_BFHW.dtype, torch.float32)) ** 3
+    # The root of 0 has no slope.
+    return cubes_BFHW.mean(dim=(2, 3)).clamp(min=POOLED_FLOOR) ** (1 / 3)
 
 
 def network(name: str, *, weights: str | None, image_size: int) -> Network:

@@ -26,7 +26,7 @@ from models.features import Source, UnreadableImageError, cores, extract
 from models.files import write_atomically
 from models.fit import Fit
 from models.images import PREPROCESSING
-from models.networks import digest
+from models.networks import POOLING, digest
 from models.objective import ObjectiveFactory
 from models.progress import Clock, Progress, Step
 from models.report import Grouping, describe
@@ -276,6 +276,7 @@ def save_model(grouping: Grouping, config: Config, folder: Path) -> None:
         "config": asdict(config.resolved()),
         "backbone_sha256": digest(config.backbone, config.weights),
         "preprocessing": PREPROCESSING,
+        "pooling": POOLING,
         "arrays": {name: list(array.shape) for name, array in arrays.items()},
     }
     weights = safetensors.numpy.save(arrays)

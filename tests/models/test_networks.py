@@ -224,3 +224,15 @@ def test_features_are_extracted_with_a_weights_file(sources, tmp_path, name):
 def test_encoder_names_bad_weights(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         backbones.encoder("resnet18", weights=str(tmp_path / "no"), image_size=32, threads=1, device="cpu")
+
+
+def test_the_generalised_mean_favours_what_stands_out():
+    even, peak, nothing = torch.full((7, 7), 2.0), torch.zeros(7, 7), torch.zeros(7, 7)
+    peak[3, 3] = 2.0 * 49  # the same mean
+    maps_BFHW = torch.stack([even, peak, nothing])[None].requires_grad_()
+    pooled_BF = networks.generalised_mean(maps_BFHW)
+    assert pooled_BF[0].tolist() == pytest.approx([2.0, 2.0 * 49 ** (2 / 3), 0.0], abs=1e-3)
+    pooled_BF.sum().backward()
+    assert maps_BFHW.grad.isfinite().all()
+    halved_BF = networks.generalised_mean(maps_BFHW.detach().bfloat16())
+    assert halved_BF.dtype == torch.float32
