@@ -153,9 +153,14 @@ def members(session: Session, run_id: uuid.UUID, number: int, limit: int, cursor
     return pages.page(rows, limit, lambda row: (row.rank,))
 
 
+def labels_query(run_id: uuid.UUID) -> str:
+    """SQL for the labels in the order of the collection."""
+    return _LABELS.format(run_id=run_id)
+
+
 def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
     """Every image's label, straight from PostgreSQL's own COPY, at constant memory. Names are safe for spreadsheets."""
-    select_labels = _LABELS.format(run_id=run_id).replace(
+    select_labels = labels_query(run_id).replace(
         "a.consensus\n", "CASE WHEN a.consensus THEN 'true' ELSE 'false' END AS consensus\n"
     )
     for column, alias in (("i.filename", "filename"), ("c.name AS cluster_name", "cluster_name")):
@@ -173,7 +178,7 @@ def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
 def labels_json(session: Session, run_id: uuid.UUID) -> Iterator[str]:
     """`{"run_id": …, "items": […]}`, an item a line, at constant memory."""
     rows = session.execute(
-        text(f"SELECT row_to_json(labels)::text FROM ({_LABELS.format(run_id=run_id)}) labels"),  # noqa: S608 - a UUID
+        text(f"SELECT row_to_json(labels)::text FROM ({labels_query(run_id)}) labels"),  # noqa: S608 - a UUID
         execution_options={"yield_per": 2000},
     )
     yield f'{{"run_id": {json.dumps(str(run_id))}, "items": ['

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image
 from sqlalchemy import text
 
 from app import storage
+from app.api.streams import blocks
 from app.config import settings
 from app.db.session import open_session
 from app.headers import HEADERS, attachment, image_name
@@ -228,3 +229,13 @@ def test_the_report_of_a_run_is_json_whatever_it_says(api: TestClient):
     answer = api.get(f"/v1/runs/{run.id}/report")
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.text)["metrics"]["warnings"]
+
+
+def test_a_table_is_sent_in_blocks_and_not_row_by_row():
+    """Each block waits for a thread: a million of them took minutes."""
+    rows = [f"{number},IMG_{number}.jpg\n" for number in range(50_000)]
+    for pieces in (iter(rows), (row.encode() for row in rows)):
+        found = list(blocks(pieces))
+        assert b"".join(found).decode() == "".join(rows)
+        assert len(found) < 20
+    assert list(blocks(iter([]))) == []
