@@ -4,14 +4,12 @@ It works in batches: files go to the disk and through the decoders, then one tra
 visible and tells how far it came. Killed in between, the next attempt goes on behind the last batch.
 """
 
-import hashlib
 import os
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +23,12 @@ from app.db.session import open_session
 from app.db.tables import Upload
 from app.services import jobs, ledger
 from app.services.ledger import LedgerEntry, NewImage
-from worker.archives import (
-    NESTED,
-    ArchiveError,
-    DamagedFileError,
-    Entry,
-    Limits,
-    Reader,
-    entries,
-    is_archive,
-    is_picture,
-)
-from worker.decode import NOT_AN_IMAGE
+from worker.archives import ArchiveError
 from worker.decoders import Answer, DecoderPool
+from worker.intake import Batch, Intake
 from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
-
-_BATCH_FILES = 2000
-_BATCH_BYTES = 64 * 1024 * 1024
-_BLOCK = 1024 * 1024
-
-
-@dataclass(kw_only=True)
-class _File:
-    """A file on its way: rejected already, a duplicate, or written and to be decoded."""
-
-    position: int
-    name: str
-    bytes: int = 0
-    sha256: str = ""
-    path: str | None = None
-    code: str | None = None
-    reason: str | None = None
-
-    @property
-    def thumbnail(self) -> str:
-        return f"{self.path}.jpg"
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    files: list[_File] = field(default_factory=list)
-    answers: list[Future[list[Answer]]] = field(default_factory=list)
-    ignored: int = 0
-    progress: float = 0.0
 
 
 class _LostError(Exception):
@@ -138,19 +97,21 @@ def _ring_for_what_waited(upload: Upload) -> None:
 class _Ingest:
     def __init__(self, session: Session, upload: Upload, stop: threading.Event) -> None:
         self._id, self._attempt, self._collection = upload.id, upload.attempt, upload.collection_id
-        self._total_bytes = max(1, upload.bytes)
         self._parts, self._stop = ledger.parts(session, upload.id), stop
         self.counts = ledger.counts(session, upload.id)
-        self._done = ledger.positions(session, upload.id)
         self._may_repeat = ledger.has_images(session, upload.collection_id)
         self._limits = settings()
-        self._ignored = 0
-        self._unpacked = 0
         # A folder for each attempt: one that was lost, and does not know yet, must not touch the files of the next.
         self._staging = storage.staging(upload.collection_id) / f"{upload.id}-{upload.attempt}"
-        self._shelves: dict[int, str] = {}
+        self._intake = Intake(
+            upload.id,
+            self._parts,
+            total_bytes=upload.bytes,
+            done=ledger.positions(session, upload.id),
+            staging=self._staging,
+            keep_alive=self._keep_alive,
+        )
         self._folders = _Folders(upload.collection_id)
-        self._seen: set[str] = set()
         self._known: dict[str, uuid.UUID] = {}
         self._refused: dict[str, Answer] = {}
         self._last_report = time.monotonic()
@@ -178,10 +139,10 @@ class _Ingest:
 
     def _work(self, pool: DecoderPool) -> None:
         """One batch is decoded while the next is read and the last is stored."""
-        decoding: _Batch | None = None
+        decoding: Batch | None = None
         broken: ArchiveError | None = None
         try:
-            for batch in self._batches():
+            for batch in self._intake.batches():
                 self._recognise(batch)
                 batch.answers = pool.submit([(f.path, f.thumbnail) for f in batch.files if f.path is not None])
                 if decoding is not None:
@@ -195,117 +156,7 @@ class _Ingest:
         if broken is not None:
             raise broken
 
-    def _batches(self) -> Iterator[_Batch]:
-        batch, size = _Batch(), 0
-        try:
-            for position, entry, progress in self._numbered():
-                self._keep_alive()
-                if position is None:
-                    self._ignored += 1
-                    continue
-                if position in self._done:
-                    continue
-                file = self._take(position, entry)
-                batch.files.append(file)
-                batch.progress, batch.ignored = progress, self._ignored
-                size += file.bytes
-                if len(batch.files) >= _BATCH_FILES or size >= _BATCH_BYTES:
-                    yield batch
-                    batch, size = _Batch(), 0
-        except ArchiveError:
-            yield batch
-            raise
-        if batch.files:
-            yield batch
-
-    def _numbered(self) -> Iterator[tuple[int | None, Entry, float]]:
-        """Every entry of every part with its position in the ledger (None for junk) and the progress so far."""
-        position, before = 0, 0
-        limit = self._limits.max_upload_files
-        limits = Limits(
-            files=limit,
-            unpacked_bytes=self._limits.max_unpacked_bytes,
-            ratio=self._limits.max_compression_ratio,
-        )
-        for part in self._parts:
-            if not storage.incoming_part(self._id, part.part).exists():
-                raise ArchiveError("upload-lost", f"What was received as {part.filename} is gone; send it again.")
-            for entry in entries(storage.incoming_part(self._id, part.part), part.filename, limits):
-                if entry.name is None:
-                    yield None, entry, 0.0
-                    continue
-                if position >= limit:
-                    raise ArchiveError("too-many-files", f"The upload holds more than {limit} files.")
-                yield position, entry, min(0.999, (before + entry.read_so_far) / self._total_bytes)
-                position += 1
-            before += part.bytes
-
-    def _take(self, position: int, entry: Entry) -> _File:
-        """Write and hash one file, unless its content is here already."""
-        assert entry.name is not None  # noqa: S101 - junk has no position
-        file = _File(position=position, name=entry.name, bytes=entry.size)
-        if entry.reader is None:
-            file.code, file.reason = entry.code, entry.reason
-            return file
-        path = f"{self._shelf(position)}/{position}{storage.TEMPORARY_SUFFIX}"
-        try:
-            written = self._write(file, entry.reader, path)
-        except DamagedFileError as error:
-            file.code, file.reason, written = "damaged", str(error), os.path.lexists(path)
-        if file.code is None and file.sha256 not in self._seen:
-            self._seen.add(file.sha256)
-            file.path = path
-        elif written:
-            os.unlink(path)  # noqa: PTH108 - here and below: path objects cost more than the calls
-        return file
-
-    def _shelf(self, position: int) -> str:
-        """A folder for each batch: reading, decoding and publishing would wait for each other in the same one."""
-        number = position // _BATCH_FILES
-        if number not in self._shelves:
-            folder = self._staging / str(number)
-            folder.mkdir()
-            self._shelves[number] = str(folder)
-        return self._shelves[number]
-
-    def _write(self, file: _File, reader: Reader, path: str) -> bool:
-        """Whether a file was written. Bytes are counted as they are read: an archive may lie about its sizes."""
-        limit = self._limits.max_image_bytes
-        if file.bytes > limit:
-            self._count(file, 0)
-            file.code, file.reason = "too-many-bytes", f"It has more than {limit} bytes."
-            return False
-        block = reader.read(_BLOCK)
-        if not block or not is_picture(block):
-            file.code, file.reason = _no_picture(block)
-            self._unpacked += len(block)
-            return False
-        digest = hashlib.sha256(block)
-        file.bytes = 0
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            while block:
-                self._count(file, len(block))
-                if file.bytes > limit:
-                    file.code, file.reason = "too-many-bytes", f"It has more than {limit} bytes."
-                    return True
-                _write_all(descriptor, block)
-                if (block := reader.read(_BLOCK)) != b"":
-                    digest.update(block)
-                    self._keep_alive()
-        finally:
-            os.close(descriptor)
-        file.sha256 = digest.hexdigest()
-        return True
-
-    def _count(self, file: _File, read: int) -> None:
-        file.bytes += read
-        self._unpacked += read
-        whole = self._limits.max_unpacked_bytes
-        if self._unpacked > whole:
-            raise ArchiveError("too-large", f"Unpacked, the upload has more than {whole} bytes.")
-
-    def _recognise(self, batch: _Batch) -> None:
+    def _recognise(self, batch: Batch) -> None:
         """Spare the decoders what the collection has already."""
         if not self._may_repeat:
             return
@@ -317,7 +168,7 @@ class _Ingest:
                 os.unlink(file.path)  # noqa: PTH108
                 file.path = None
 
-    def _store(self, batch: _Batch) -> None:
+    def _store(self, batch: Batch) -> None:
         """Make a decoded batch visible: files under their names, then rows, in one transaction."""
         answers = iter([answer for future in batch.answers for answer in self._result(future)])
         decoded = {file.position: next(answers) for file in batch.files if file.path is not None}
@@ -336,7 +187,7 @@ class _Ingest:
             raise _StoppingError
 
     def _judge(
-        self, batch: _Batch, decoded: dict[int, Answer]
+        self, batch: Batch, decoded: dict[int, Answer]
     ) -> tuple[list[NewImage], list[LedgerEntry], list[tuple[str, str]]]:
         images: list[NewImage] = []
         rows: list[LedgerEntry] = []
@@ -362,7 +213,7 @@ class _Ingest:
                 moves += (file.path, original), (file.thumbnail, thumbnail)
         return images, rows, moves
 
-    def _result(self, future: "Future[list[Answer]]") -> list[Answer]:
+    def _result(self, future: Future[list[Answer]]) -> list[Answer]:
         """Wait for decoders, and keep the lease meanwhile."""
         while True:
             try:
@@ -406,7 +257,7 @@ class _Ingest:
                 f"for each file of the {received} received.",
             )
         with open_session() as session:
-            values = {"received": received, "ignored": self._ignored, **self.counts}
+            values = {"received": received, "ignored": self._intake.ignored, **self.counts}
             if not jobs.finish(session, Upload, self._id, self._attempt, **values):
                 raise _LostError
             ledger.forget_parts(session, self._id)
@@ -430,7 +281,7 @@ class _Ingest:
             self._remove_strangers()
         with open_session() as session:
             problem = {"code": code, "detail": detail}
-            values = {"received": self.counts["rejected"], "ignored": self._ignored, **self.counts}
+            values = {"received": self.counts["rejected"], "ignored": self._intake.ignored, **self.counts}
             if not jobs.fail(session, Upload, self._id, self._attempt, problem, **values):
                 return
             ledger.forget_parts(session, self._id)
@@ -470,17 +321,3 @@ class _Folders:
             prefix = f"{number:02x}"
             self.paths(prefix)
             yield from self._by_prefix[prefix]
-
-
-def _no_picture(head: bytes) -> tuple[str, str]:
-    if not head:
-        return "empty-file", "It is empty."
-    if is_archive(head):
-        return NESTED.code, NESTED.reason
-    return "not-an-image", NOT_AN_IMAGE
-
-
-def _write_all(descriptor: int, block: bytes) -> None:
-    written = os.write(descriptor, block)
-    while written < len(block):
-        written += os.write(descriptor, memoryview(block)[written:])

@@ -23,7 +23,7 @@ from app.db.tables import Image, Run, Upload, UploadFile
 from app.services import collections, jobs, uploads
 from app.services.uploads import ReceivedPart
 from tests.pictures import picture, tar_of, two_kinds, zip_of
-from worker import ingest as ingest_module
+from worker import intake
 from worker.ingest import ingest
 
 pytestmark = pytest.mark.usefixtures("database")
@@ -295,7 +295,7 @@ def test_an_attempt_that_lost_its_upload_leaves_everything_to_the_next(monkeypat
     settings.cache_clear()
     upload_id = queued(("a.zip", zip_of(two_kinds(200))))
     taken = threading.Event()
-    take = ingest_module._Ingest._take
+    take = intake.Intake._take
 
     def take_over(self: object, position: int, entry: object) -> object:
         if position == 100 and not taken.is_set():
@@ -306,7 +306,7 @@ def test_an_attempt_that_lost_its_upload_leaves_everything_to_the_next(monkeypat
                 session.commit()
         return take(self, position, entry)
 
-    monkeypatch.setattr(ingest_module._Ingest, "_take", take_over)
+    monkeypatch.setattr(intake.Intake, "_take", take_over)
     lost = run(upload_id)
     assert taken.is_set()
     assert (lost.state, lost.received, ledger(upload_id)) == ("running", 0, [])
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_fails_the_upload_and_leaves_nothing(monkeypatch: py
     def full(descriptor: int, block: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ingest_module, "_write_all", full)
+    monkeypatch.setattr(intake, "_write_all", full)
     upload = run(queued(("a.zip", zip_of(two_kinds(6)))))
     assert upload.state == "failed"
     assert upload.problem["code"] == "storage-full"
@@ -380,8 +380,8 @@ def test_a_slow_picture_is_given_up_and_the_rest_go_on(monkeypatch: pytest.Monke
 
 KILLED_INGEST = """
 import sys, threading, uuid
-from worker import ingest
-ingest._BATCH_FILES = 20
+from worker import ingest, intake
+intake._BATCH_FILES = 20
 ingest.ingest(uuid.UUID(sys.argv[1]), threading.Event())
 """
 
