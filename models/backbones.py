@@ -71,7 +71,7 @@ def onnx_encoder(graph: onnx.ModelProto, *, threads: int) -> Encoder:
     return encode
 
 
-def to_onnx(network: EfficientNet) -> onnx.ModelProto:
+def to_onnx(network: EfficientNet, *, power: int = networks.POWER) -> onnx.ModelProto:
     """EfficientNet-Lite up to the pooled features as an ONNX graph that reads `uint8` pixels, channels last."""
     graph = _Graph()
     x = graph.add("Cast", ["pixels"], to=TensorProto.FLOAT)
@@ -82,11 +82,13 @@ def to_onnx(network: EfficientNet) -> onnx.ModelProto:
     for block in network._blocks:  # noqa: SLF001  # its layers so
         x = graph.block(x, block)
     x = graph.relu6(graph.convolution(x, network._conv_head, network._bn1))  # noqa: SLF001
-    cubes = graph.add("Mul", [x, graph.add("Mul", [x, x])])
+    powers = x
+    for _ in range(power - 1):  # several times as fast as the operator for any power
+        powers = graph.add("Mul", [powers, x])
     mean = graph.add(
-        "Max", [graph.add("GlobalAveragePool", [cubes]), graph.constant(np.float32(networks.POOLED_FLOOR))]
+        "Max", [graph.add("GlobalAveragePool", [powers]), graph.constant(np.float32(networks.POOLED_FLOOR))]
     )
-    root = graph.add("Pow", [mean, graph.constant(np.float32(1 / 3))])
+    root = graph.add("Pow", [mean, graph.constant(np.float32(1 / power))])
     graph.add("Flatten", [root], output="features")
     return graph.model()
 
