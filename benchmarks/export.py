@@ -19,7 +19,7 @@ import psycopg
 
 from app.config import Settings
 from app.embedded import postgres_server
-from app.services.results import labels_query
+from app.services.results import LABELS
 from app.up import running_service
 from benchmarks.upload import memory_mib
 
@@ -96,7 +96,7 @@ def copied(database: str, run: uuid.UUID) -> int:
     with (
         psycopg.connect(database) as connection,
         connection.cursor() as cursor,
-        cursor.copy(f"COPY ({labels_query(run)}) TO STDOUT (FORMAT csv, HEADER)") as copy,
+        cursor.copy(f"COPY ({LABELS}) TO STDOUT (FORMAT csv, HEADER)", {"run_id": run}) as copy,
     ):
         return sum(len(block) for block in copy)
 

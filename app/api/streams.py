@@ -8,21 +8,19 @@ from sqlalchemy.orm import Session
 from app.db.session import tenant_of, tenant_session
 from app.headers import attachment
 
-_BLOCK = 64 * 1024
-
 
 def csv_answer(
     session: Session,
-    rows: Callable[[Session], Iterator[str] | Iterator[bytes]],
+    blocks: Callable[[Session], Iterator[bytes]],
     filename: str,
     headers: dict[str, str] | None = None,
 ) -> StreamingResponse:
-    return streamed(session, rows, "text/csv; charset=utf-8", filename, headers)
+    return streamed(session, blocks, "text/csv; charset=utf-8", filename, headers)
 
 
 def streamed(
     session: Session,
-    rows: Callable[[Session], Iterator[str] | Iterator[bytes]],
+    blocks: Callable[[Session], Iterator[bytes]],
     media_type: str,
     filename: str,
     headers: dict[str, str] | None = None,
@@ -32,19 +30,7 @@ def streamed(
     def body() -> Iterator[bytes]:
         # A session of its own: the route's is closed before the last byte is sent.
         with tenant_session(tenant_id) as own:
-            yield from blocks(rows(own))
+            yield from blocks(own)
 
     disposition = {"Content-Disposition": attachment(filename)}
     return StreamingResponse(body(), media_type=media_type, headers={**disposition, **(headers or {})})
-
-
-def blocks(pieces: Iterator[str] | Iterator[bytes]) -> Iterator[bytes]:
-    """Some thousand rows at a time: every block that is sent is fetched by a thread of its own turn."""
-    block = bytearray()
-    for piece in pieces:
-        block += piece.encode() if isinstance(piece, str) else piece
-        if len(block) >= _BLOCK:
-            yield bytes(block)
-            block.clear()
-    if block:
-        yield bytes(block)

@@ -20,6 +20,7 @@ def original(value: str) -> str:
 
 
 def safe_sql(column: str) -> str:
-    """`safe` as an expression of PostgreSQL, for a column that is not empty."""
+    """`safe` as an expression of PostgreSQL, for a column; null stays null."""
     risky = "".join(f"\\u{ord(char):04x}" for char in _RISKY)
-    return f"CASE WHEN strpos(E'{risky}', left({column}, 1)) > 0 THEN '''' || {column} ELSE {column} END"
+    risk = f"{column} <> '' AND strpos(E'{risky}', left({column}, 1)) > 0"
+    return f"CASE WHEN {risk} THEN '''' || {column} ELSE {column} END"

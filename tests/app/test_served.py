@@ -17,12 +17,13 @@ from PIL import ExifTags, Image
 from sqlalchemy import text
 
 from app import storage
-from app.api.streams import blocks
 from app.config import settings
 from app.db.session import open_session
 from app.headers import HEADERS, attachment, image_name
 from app.main import create_app
 from app.services import tabular
+from app.services.results import labels_csv, labels_json
+from benchmarks.export import written
 from tests.app.keys import bearer, make_key
 from tests.app.test_api import archive, assert_problem, files_below, rows
 from tests.app.test_web import METRICS, PAGE, finished_run, pages_of
@@ -231,11 +232,17 @@ def test_the_report_of_a_run_is_json_whatever_it_says(api: TestClient):
     assert json.loads(answer.text)["metrics"]["warnings"]
 
 
-def test_a_table_is_sent_in_blocks_and_not_row_by_row():
-    """Each block waits for a thread: a million of them took minutes."""
-    rows = [f"{number},IMG_{number}.jpg\n" for number in range(50_000)]
-    for pieces in (iter(rows), (row.encode() for row in rows)):
-        found = list(blocks(pieces))
-        assert b"".join(found).decode() == "".join(rows)
-        assert len(found) < 20
-    assert list(blocks(iter([]))) == []
+def test_a_large_table_is_sent_in_small_blocks(database: None):
+    """Row by row each would wait for a thread, and all at once they would fill the memory."""
+    run_id = written(str(settings().database_url).replace("+psycopg", ""), 20_000)
+    with open_session() as session:
+        as_csv, as_json = list(labels_csv(session, run_id)), list(labels_json(session, run_id))
+    for blocks in (as_csv, as_json):
+        assert 20 <= len(blocks) <= 25
+        assert max(map(len, blocks)) < 512 * 1024
+    labels = list(csv.DictReader(io.StringIO(b"".join(as_csv).decode(), newline="")))
+    exact = json.loads(b"".join(as_json))
+    assert exact["run_id"] == str(run_id)
+    assert [row["image_id"] for row in labels] == [row["image_id"] for row in exact["items"]]
+    assert [row["filename"].split("_")[-1] for row in labels] == [f"{number}.jpg" for number in range(1, 20_001)]
+    assert {row["cluster_name"] for row in labels if row["cluster"] == "7"} == {"Group 7"}
