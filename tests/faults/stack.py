@@ -44,6 +44,11 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 90.0, every_s: flo
         time.sleep(every_s)
 
 
+def is_past(row: dict[str, Any], attempt: int) -> bool:
+    """Whether the job is over, or in an attempt after this one."""
+    return row["attempt"] > attempt or row["state"] not in ("queued", "running")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

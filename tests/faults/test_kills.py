@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import QUICK, REAL, Process, Stack, wait_for
+from tests.faults.stack import QUICK, REAL, Process, Stack, is_past, wait_for
 from tests.faults.table import Seen
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
@@ -99,12 +99,14 @@ def test_kills_at_random_moments(stack: Stack, collection: str, seen: Seen, trai
                 else:
                     os.kill(trainer.pid, signal.SIGKILL)
                 killed = time.monotonic()
+                wait_for(lambda run_id=run_id, attempt=attempt: is_past(stack.row(run_id), attempt), 60)
+                if stack.row(run_id)["attempt"] == attempt:
+                    break  # the trainer was done before it was killed
                 kills += 1
                 if age_s is not None:
                     redone_s.append(age_s)
                 assert steps_done(stack, run_id) >= before  # it never begins anew
                 before = steps_done(stack, run_id)
-                wait_for(lambda run_id=run_id, attempt=attempt: stack.row(run_id)["attempt"] > attempt, 60)
                 resumed_s.append(time.monotonic() - killed)
             # Undisturbed from here on.
             assert stack.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
