@@ -23,11 +23,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import BinaryIO
 
 from app.config import settings
 
 TEMPORARY_SUFFIX = ".part"
+SCRATCH_IN_MEMORY = 2**20
 
 
 def _root() -> Path:
@@ -136,6 +138,12 @@ def is_full(error: OSError) -> bool:
 def metrics() -> Path:
     """Where workers write what they count."""
     return _root() / "metrics"
+
+
+def scratch() -> SpooledTemporaryFile[bytes]:
+    """A file without a name, in memory while it is small; it goes when it is closed, or with its process."""
+    _root().mkdir(parents=True, exist_ok=True)
+    return SpooledTemporaryFile(max_size=SCRATCH_IN_MEMORY, dir=str(_root()))
 
 
 def try_to_write() -> None:

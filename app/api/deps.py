@@ -33,10 +33,11 @@ def _system_session() -> Iterator[Session]:
         yield session
 
 
+# Both are closed before the answer is sent: one that lasts, as a stream of events does, must keep no connection.
 # The rows of the caller's tenant.
-DatabaseSession = Annotated[Session, Depends(_session)]
+DatabaseSession = Annotated[Session, Depends(_session, scope="function")]
 # For what is nobody's, such as whether the database answers; routes that have no caller.
-SystemSession = Annotated[Session, Depends(_system_session)]
+SystemSession = Annotated[Session, Depends(_system_session, scope="function")]
 Cursor = Annotated[str | None, Query(description="`next` of the page before.", max_length=500, examples=["WzQyXQ"])]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most items on a page.")]
 IdempotencyKeyHeader = Annotated[

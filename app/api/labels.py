@@ -7,9 +7,9 @@ from fastapi.responses import FileResponse, StreamingResponse
 from app import storage
 from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
+from app.api.download import CSV, download
 from app.api.problems import responses
 from app.api.replay import not_modified
-from app.api.streams import csv_answer, streamed
 from app.errors import NotFound
 from app.services import results, runs
 
@@ -21,32 +21,28 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The clie
 @router.get(
     "/labels.csv",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/csv": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422)},
+    responses={200: {"content": {"text/csv": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422, 507)},
 )
 def get_labels_csv(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
     """Every image's label, a row each."""
     runs.get_succeeded(session, run_id)
-    return not_modified(request, response, f"{run_id}-csv") or csv_answer(
-        session,
-        lambda own: results.labels_csv(own, run_id),
-        f"labels-{run_id}.csv",
-        {"ETag": response.headers["etag"]},
+    return not_modified(request, response, f"{run_id}-csv") or download(
+        results.labels_csv(session, run_id), f"labels-{run_id}.csv", CSV, {"ETag": response.headers["etag"]}
     )
 
 
 @router.get(
     "/labels.json",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/json": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422)},
+    responses={200: {"content": {"application/json": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422, 507)},
 )
 def get_labels_json(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
     """Every image's label, an object each."""
     runs.get_succeeded(session, run_id)
-    return not_modified(request, response, f"{run_id}-json") or streamed(
-        session,
-        lambda own: results.labels_json(own, run_id),
-        "application/json",
+    return not_modified(request, response, f"{run_id}-json") or download(
+        results.labels_json(session, run_id),
         f"labels-{run_id}.json",
+        "application/json",
         {"ETag": response.headers["etag"]},
     )
 

@@ -12,11 +12,11 @@ from starlette.concurrency import run_in_threadpool
 from app import queue
 from app.access import Caller, GuardedRoute
 from app.api.deps import CallerOf, Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
+from app.api.download import CSV, download
 from app.api.problems import responses
 from app.api.receive import Received, receive
 from app.api.replay import stream_digest
 from app.api.schemas import LedgerRow, NewCollection, PageOf, RunOut, UploadOut
-from app.api.streams import csv_answer
 from app.db.session import tenant_session
 from app.db.tables import IdempotencyKey
 from app.errors import Invalid
@@ -177,9 +177,9 @@ def list_upload_files(
 @router.get(
     "/uploads/{upload_id}/files.csv",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/csv": {}}}, **responses(404, 422)},
+    responses={200: {"content": {"text/csv": {}}}, **responses(404, 422, 507)},
 )
 def get_upload_files_csv(upload_id: uuid.UUID, session: DatabaseSession) -> StreamingResponse:
-    """The whole ledger, streamed."""
+    """The whole ledger."""
     uploads.get(session, upload_id)
-    return csv_answer(session, lambda own: uploads.ledger_csv(own, upload_id), f"ledger-{upload_id}.csv")
+    return download(uploads.ledger_csv(session, upload_id), f"ledger-{upload_id}.csv", CSV)

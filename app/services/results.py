@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import select
@@ -162,12 +162,12 @@ def members(session: Session, run_id: uuid.UUID, number: int, limit: int, cursor
     return pages.page(rows, limit, lambda row: (row.rank,))
 
 
-def labels_csv(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
+def labels_csv(session: Session, run_id: uuid.UUID) -> Generator[bytes]:
     """Every image's label in the order of the collection, at constant memory. Names are safe for spreadsheets."""
     return csv_blocks(session, _LABELS_CSV, {"run_id": run_id})
 
 
-def labels_json(session: Session, run_id: uuid.UUID) -> Iterator[bytes]:
+def labels_json(session: Session, run_id: uuid.UUID) -> Generator[bytes]:
     """`{"run_id": …, "items": […]}`, an item a line, at constant memory."""
     yield f'{{"run_id": {json.dumps(str(run_id))}, "items": ['.encode()
     separator = b"\n"

@@ -1,7 +1,7 @@
 """Verbs on uploads and their ledger."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from sqlalchemy import select
@@ -75,7 +75,7 @@ def ledger_page(
     return pages.page(session.scalars(query).all(), limit, lambda row: (row.position,))
 
 
-def ledger_csv(session: Session, upload_id: uuid.UUID) -> Iterator[bytes]:
+def ledger_csv(session: Session, upload_id: uuid.UUID) -> Generator[bytes]:
     """What became of every file, in the order they came, at constant memory. Texts are safe for spreadsheets."""
     return csv_blocks(session, _LEDGER_CSV, {"upload_id": upload_id})
 

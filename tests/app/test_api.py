@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,19 @@ def test_a_queued_run_is_cancelled_at_once_and_stays_so(api: TestClient):
         text_ = "".join(stream.iter_text())
     assert text_.startswith("event: end\ndata: ")
     assert json.loads(text_.split("data: ")[1])["state"] == "cancelled"
+
+
+def test_those_who_watch_a_run_keep_no_connection_of_the_database(api: TestClient):
+    """The pool has twenty; a page that watches a run must not cost one."""
+    run = api.post("/v1/cluster", files={"file": archive()}, data={"clusters": "2"}).json()
+    with ThreadPoolExecutor(30) as pool:
+        watched = [pool.submit(lambda: api.get(run["links"]["events"]).text) for _ in range(30)]
+        try:
+            for _ in range(20):
+                assert api.get("/v1/collections").status_code == 200
+        finally:
+            api.post(run["links"]["cancel"])
+        assert all("event: end" in each.result() for each in watched)
 
 
 def test_submitting_works_while_the_broker_is_away(api: TestClient, monkeypatch: pytest.MonkeyPatch):

@@ -5,26 +5,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from app.processes import Child, Output, StartError, Supervisor, signals_interrupt
+from tests.waiting import wait_for
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
 
 def shell(name: str, script: str, cwd: Path, **more: object) -> Child:
     return Child(name=name, command=["/bin/sh", "-c", script], environment=ENVIRONMENT, cwd=cwd, **more)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.01)
 
 
 def alive(pid: int) -> bool:

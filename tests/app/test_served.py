@@ -6,7 +6,9 @@ import json
 import re
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
+from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -28,6 +30,7 @@ from tests.app.keys import bearer, make_key
 from tests.app.test_api import archive, assert_problem, files_below, rows
 from tests.app.test_web import METRICS, PAGE, finished_run, pages_of
 from tests.pictures import picture, zip_of
+from tests.waiting import wait_for
 from worker.ingest import ingest
 
 SECRET = b"51 deg 28' 38\" N, the house of Ada"
@@ -230,6 +233,38 @@ def test_the_report_of_a_run_is_json_whatever_it_says(api: TestClient):
     answer = api.get(f"/v1/runs/{run.id}/report")
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.text)["metrics"]["warnings"]
+
+
+def test_a_table_is_whole_before_the_first_byte_is_sent(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "SCRATCH_IN_MEMORY", 1000)  # the rest goes to the disk
+    run = finished_run(images=50, metrics=METRICS)
+    answer = api.get(f"/v1/runs/{run.id}/labels.csv")
+    assert int(answer.headers["content-length"]) == len(answer.content) > 1000
+    assert len(answer.text.splitlines()) == 51
+    assert files_below(settings().data_dir) == []
+
+    with Path("/dev/full").open("w+b", buffering=0) as full:
+        monkeypatch.setattr(storage, "scratch", lambda: full)
+        assert_problem(api.get(f"/v1/runs/{run.id}/labels.json"), 507, "storage-full")
+
+
+def terminated(statement: str) -> int:
+    """How many connections were at work on such a statement, and are no more."""
+    query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE state = 'active' AND query LIKE :like"
+    with open_session() as session:
+        return session.execute(text(query + " AND pid <> pg_backend_pid()"), {"like": statement}).scalar_one()
+
+
+def test_a_table_whose_database_goes_away_is_a_problem(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    run = finished_run(images=50, metrics=METRICS)
+    path = f"/v1/runs/{run.id}/labels.json"
+    whole = api.get(path).content
+    with monkeypatch.context() as slow, ThreadPoolExecutor(1) as pool:
+        slow.setattr("app.services.results.LABELS", "SELECT pg_sleep(60)")
+        answer = pool.submit(api.get, path)
+        wait_for(lambda: terminated("COPY%pg_sleep(60)%"))
+        assert_problem(answer.result(), 503, "database-away")
+    assert api.get(path).content == whole
 
 
 def test_a_large_table_is_sent_in_small_blocks(database: None):

@@ -6,8 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from app.config import Settings
 from app.embedded import running_servers
 from app.up import StartError, running_service, running_url
 from tests.e2e.conftest import free_port
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -48,13 +48,6 @@ def kindred_up(data_dir: Path, port: int, **more: str) -> Iterator[subprocess.Po
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(0.02)
 
 
 def processes_of(data_dir: Path) -> dict[int, str]:

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ import redis
 from app.db.migrate import upgrade
 from app.embedded import Server, postgres_server, valkey_server
 from app.processes import Identity, launch_command
+from tests.waiting import wait_for
 
 # Short, so that a fault costs seconds; `REAL` are the defaults, for promises that name seconds.
 QUICK = {
@@ -31,17 +31,6 @@ CELERY = (
     *(sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--loglevel", "INFO"),
     *("--without-gossip", "--without-mingle", "-P", "threads", "-c", "1"),
 )
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 90.0, every_s: float = 0.05) -> Any:
-    """What `condition` says once it is true; fails after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(every_s)
 
 
 def is_past(row: dict[str, Any], attempt: int) -> bool:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import only_in_full
-from tests.faults.stack import Stack, wait_for
+from tests.faults.stack import Stack
 from tests.faults.table import Seen
 from tests.faults.test_kills import WHOLE, steps_done
 from tests.pictures import two_kinds, zip_of
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(600)]
 MIB = 2**20

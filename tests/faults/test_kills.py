@@ -13,8 +13,9 @@ import pytest
 from safetensors import safe_open
 
 from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import QUICK, REAL, Process, Stack, is_past, wait_for
+from tests.faults.stack import QUICK, REAL, Process, Stack, is_past
 from tests.faults.table import Seen
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
 

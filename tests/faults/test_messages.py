@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from tests.faults.stack import Stack, wait_for
+from tests.faults.stack import Stack
 from tests.faults.table import Seen
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 QUICK_RUN = {"method": "kmeans"}

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import REAL, Stack, wait_for
+from tests.faults.stack import REAL, Stack
 from tests.faults.table import Seen
 from tests.faults.test_kills import WHOLE, steps_done
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
 

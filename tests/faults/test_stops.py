@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import Stack, wait_for
+from tests.faults.stack import Stack
 from tests.faults.table import Seen
 from tests.faults.test_kills import WHOLE, is_alive, steps_done
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(600)]
 LONG = WHOLE | {"epochs": 10_000}

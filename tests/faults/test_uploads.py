@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import FULL
-from tests.faults.stack import Stack, is_past, wait_for
+from tests.faults.stack import Stack, is_past
 from tests.faults.table import Seen
 from tests.pictures import picture, zip_of
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(600)]
 

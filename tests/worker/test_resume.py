@@ -15,7 +15,8 @@ from app import storage
 from app.config import settings
 from app.db.session import open_session
 from app.services import results, runs
-from tests.worker.test_supervise import collection_of, in_background, new_run, read, trainers, wait_for
+from tests.waiting import wait_for
+from tests.worker.test_supervise import collection_of, in_background, new_run, read, trainers
 from worker.supervise import supervise
 
 pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from app.db.tables import Assignment, Image, Run, Upload
 from app.services import collections, results, runs
 from app.services.parameters import Parameters
 from tests.pictures import picture
+from tests.waiting import wait_for
 from worker.supervise import supervise
 from worker.sweep import sweep
 
@@ -66,16 +66,6 @@ def new_run(collection_id: uuid.UUID, **parameters: object) -> uuid.UUID:
 def read(run_id: uuid.UUID) -> Run:
     with open_session() as session:
         return runs.get(session, run_id)
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> object:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
 
 
 def trainers() -> list[int]:
