@@ -261,20 +261,23 @@ class _Ingest:
             if not jobs.finish(session, Upload, self._id, self._attempt, **values):
                 raise _LostError
             ledger.forget_parts(session, self._id)
+            # While the row is locked: decoders of an attempt that was killed may have outlived it by a moment.
+            storage.remove(self._staging.parent)
             session.commit()
         storage.remove(storage.incoming(self._id))
 
     def fail(self, code: str, detail: str) -> None:
         """End the upload and take back what it brought; a run that waits for it ends with it."""
+        counts = {**dict.fromkeys(self.counts, 0), "rejected": self.counts["rejected"]}
         with open_session() as session:
+            self._report(session, counts)  # first, since it locks the row
             removed = ledger.undo(session, self._id)
-            self.counts = {**dict.fromkeys(self.counts, 0), "rejected": self.counts["rejected"]}
-            if not jobs.heartbeat(session, Upload, self._id, self._attempt):
-                return
             session.commit()
+        self.counts = counts
         storage.remove(self._staging.parent)
         # While the upload still runs, no other can bring the same contents into the collection.
         for sha256 in removed:
+            self._keep_alive()
             for path in self._folders.paths(sha256):
                 storage.remove(Path(path))
         if self._attempt > 1:
@@ -292,6 +295,7 @@ class _Ingest:
     def _remove_strangers(self) -> None:
         """Remove files without a row: an attempt that was killed between the two may have left some."""
         for shelf in self._folders.shelves():
+            self._keep_alive()
             names = [path for path in shelf.iterdir() if path.is_file()] if shelf.is_dir() else []
             with open_session() as session:
                 known = ledger.known_images(session, self._collection, {path.name[:64] for path in names})

@@ -290,6 +290,32 @@ def test_files_that_an_attempt_left_without_rows_go_with_the_failed_upload():
     assert_files_match_rows()
 
 
+def test_what_is_taken_back_is_taken_back_under_the_lease(monkeypatch: pytest.MonkeyPatch):
+    """Removing many files takes longer than a lease; and whoever lost it in between must not remove the next one's."""
+    monkeypatch.setenv("KINDRED_HEARTBEAT_S", "0.000001")
+    settings.cache_clear()
+    whole = tar_of({f"{number}.png": picture(number) for number in range(40)}, "w")
+    upload_id = queued(("cut.tar", whole[: len(whole) // 2]))
+    leases, removed = [], storage.remove
+
+    def remove(path: Path) -> None:
+        removed(path)
+        if "originals" in path.parts:
+            leases.append(read(upload_id).lease_until)
+            if len(leases) == 10:
+                with open_session() as session:
+                    session.get_one(Upload, upload_id).attempt += 1
+                    session.commit()
+
+    monkeypatch.setattr(storage, "remove", remove)
+    upload = run(upload_id)
+    assert len(set(leases)) == 10
+    assert upload.state == "running"
+    assert images() == []
+    left = [path for path in storage.collection(upload.collection_id).rglob("*") if path.is_file()]
+    assert len(left) >= 10
+
+
 def test_an_attempt_that_lost_its_upload_leaves_everything_to_the_next(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KINDRED_HEARTBEAT_S", "0.001")
     settings.cache_clear()
@@ -410,6 +436,21 @@ def test_an_ingest_that_is_killed_goes_on_without_double_rows(monkeypatch: pytes
     assert ledger(upload_id) == [(name, "accepted", None) for name in list(files)[:200]] + [
         ("twice.png", "duplicate", None)
     ]
+    assert_files_match_rows()
+
+
+def test_what_a_killed_attempt_s_decoders_still_wrote_is_removed(monkeypatch: pytest.MonkeyPatch):
+    upload_id = queued(("a.zip", zip_of(two_kinds(6))))
+    publish = storage.publish
+
+    def late(moves: list[tuple[str, str]]) -> None:
+        late_file = storage.staging(read(upload_id).collection_id) / "of-a-killed-attempt" / "0"
+        late_file.parent.mkdir()
+        late_file.write_bytes(b"late")
+        publish(moves)
+
+    monkeypatch.setattr(storage, "publish", late)
+    assert run(upload_id).accepted == 6
     assert_files_match_rows()
 
 
