@@ -63,9 +63,8 @@ def report(power: int, features_NF: np.ndarray, class_N: np.ndarray) -> None:
                     restarts=defaults.restarts,
                     seed=seed,
                 )
-                scores.append(
-                    [quality(truth, finish(steps).assignment.labels_N)[name] for name in ("acc", "nmi", "ari")]
-                )
+                found = quality(truth, finish(steps).assignment.labels_N)
+                scores.append([found[name] for name in ("acc", "nmi", "ari")])
         scores_S3 = np.array(scores)
         each = " ".join(f"{acc:.3f}" for acc in scores_S3[:, 0].reshape(len(SAMPLES), SEEDS).mean(axis=1))
         means = " ".join(f"{value:>6.3f}" for value in scores_S3.mean(axis=0))
