@@ -3,12 +3,12 @@
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Text, any_, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Session
 
+from app.db.copy import insert_rows
 from app.db.tables import Collection, Image, Run, Upload, UploadFile, UploadPart
 
 
@@ -75,25 +75,17 @@ def add(
     """Bulk-insert images, in the order given, and their ledger rows."""
     tenant_id = session.scalars(select(Collection.tenant_id).where(Collection.id == collection_id)).one()
     whose = (tenant_id, collection_id, upload_id)
-    _copy(
+    insert_rows(
         session,
         "COPY images (tenant_id, collection_id, upload_id, id, sha256, filename, format, width, height, bytes)"
         " FROM STDIN",
         ((*whose, i.id, i.sha256, i.filename, i.format, i.width, i.height, i.bytes) for i in images),
     )
-    _copy(
+    insert_rows(
         session,
         "COPY upload_files (upload_id, position, filename, bytes, outcome, image_id, reason_code, reason) FROM STDIN",
         ((upload_id, e.position, e.filename, e.bytes, e.outcome, e.image_id, e.reason_code, e.reason) for e in entries),
     )
-
-
-def _copy(session: Session, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-    driver = session.connection().connection.driver_connection
-    assert driver is not None  # noqa: S101 - a live session has one
-    with driver.cursor() as cursor, cursor.copy(statement) as copy:
-        for row in rows:
-            copy.write_row(row)
 
 
 def undo(session: Session, upload_id: uuid.UUID) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.db.copy import csv_blocks, json_blocks
+from app.db.copy import csv_blocks, insert_rows, json_blocks
 from app.db.tables import Assignment, Cluster, Image, Representative
 from app.errors import NotFound
 from app.services import pages, tabular
@@ -101,20 +101,15 @@ def store(
         for rank, image_id in enumerate(row.representatives)
     )
     session.flush()
-    driver = session.connection().connection.driver_connection
-    assert driver is not None  # noqa: S101 - a live session has one
-    with (
-        driver.cursor() as cursor,
-        cursor.copy(
-            "COPY assignments (run_id, position, image_id, cluster, rank, confidence, runner_up, margin,"
-            " consensus) FROM STDIN"
-        ) as copy,
-    ):
-        for a in assignments:
-            copy.write_row(
-                (run_id, a.position, a.image_id, a.cluster, a.rank, a.confidence, a.runner_up, a.margin,
-                 a.consensus)
-            )  # fmt: skip
+    insert_rows(
+        session,
+        "COPY assignments (run_id, position, image_id, cluster, rank, confidence, runner_up, margin, consensus)"
+        " FROM STDIN",
+        (
+            (run_id, a.position, a.image_id, a.cluster, a.rank, a.confidence, a.runner_up, a.margin, a.consensus)
+            for a in assignments
+        ),
+    )
 
 
 def clusters(session: Session, run_id: uuid.UUID, limit: int, cursor: str | None) -> pages.Page[ClusterView]:

@@ -171,11 +171,11 @@ def test_killed_servers_come_back_by_themselves(data_dir: Path):
         postgres_pid = postmaster(data_dir)
         os.kill(postgres_pid, signal.SIGKILL)
         os.kill(valkey_pid, signal.SIGKILL)
-        wait_for(lambda: answers(urls) and postmaster(data_dir) != postgres_pid)
+        wait_for(lambda: answers(urls) and postmaster(data_dir) != postgres_pid, timeout_s=10.0)
         assert execute(urls, "SELECT answer FROM kept") == [(42,)]
-        wait_for(lambda: Path(socket_of(urls)[0]).exists() and servers_of(data_dir))
+        wait_for(lambda: Path(socket_of(urls)[0]).exists() and servers_of(data_dir), timeout_s=10.0)
         with valkey(urls) as client:
-            wait_for(lambda: client.get("kept") == "43")
+            wait_for(lambda: client.get("kept") == "43", timeout_s=10.0)
             assert client.info()["process_id"] != valkey_pid
 
 
@@ -223,7 +223,7 @@ def test_a_start_after_everything_was_killed_and_a_stranger_got_the_number(
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not servers_of(data_dir))
+    wait_for(lambda: not servers_of(data_dir), timeout_s=10.0)
     with subprocess.Popen(["sleep", "100"]) as stranger:
         lock = data_dir / "postgres" / "postmaster.pid"
         lines = lock.read_text().splitlines(keepends=True)
@@ -245,7 +245,7 @@ def test_servers_that_outlived_their_owner_are_ended_first(data_dir: Path):
                 command, cwd=child.cwd, env=child.environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
             )
         )
-    wait_for(lambda: answers(urls) and (data_dir / "run" / "valkey.sock").exists())
+    wait_for(lambda: answers(urls) and (data_dir / "run" / "valkey.sock").exists(), timeout_s=10.0)
     with running_servers(data_dir) as urls:
         assert [leftover.wait(1) for leftover in leftovers] == [0, 0]  # ended well, not killed
         assert execute(urls, "SELECT answer FROM kept") == [(42,)]

@@ -42,7 +42,7 @@ def supervisor(said: StringIO) -> Iterator[Supervisor]:
 def test_lines_carry_the_name_of_their_process_and_never_tear(supervisor: Supervisor, said: StringIO, tmp_path: Path):
     script = "i=0; while [ $i -lt 300 ]; do printf abcde; printf 'fghij\\n'; i=$((i+1)); done; sleep 100"
     supervisor.start(shell("one", script, tmp_path), shell("another", script, tmp_path))
-    wait_for(lambda: said.getvalue().count("\n") == 600)
+    wait_for(lambda: said.getvalue().count("\n") == 600, timeout_s=5.0)
     assert set(said.getvalue().splitlines()) == {"one      | abcdefghij", "another  | abcdefghij"}
 
 
@@ -82,7 +82,7 @@ def test_a_log_is_private_and_does_not_grow_without_end(tmp_path: Path):
 
 def test_a_killed_child_is_back_within_a_second(supervisor: Supervisor, said: StringIO, tmp_path: Path):
     supervisor.start(shell("train", "echo up; exec sleep 100", tmp_path))
-    wait_for(lambda: "up" in said.getvalue())
+    wait_for(lambda: "up" in said.getvalue(), timeout_s=5.0)
     first = supervisor.pids()["train"]
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: said.getvalue().count("| up\n") == 2, timeout_s=2.0)
@@ -94,7 +94,7 @@ def test_a_grandchild_that_keeps_the_pipe_open_does_not_delay_that(
     supervisor: Supervisor, said: StringIO, tmp_path: Path
 ):
     supervisor.start(shell("train", "setsid sleep 3 & echo up; exec sleep 100", tmp_path))
-    wait_for(lambda: "up" in said.getvalue())
+    wait_for(lambda: "up" in said.getvalue(), timeout_s=5.0)
     os.kill(supervisor.pids()["train"], signal.SIGKILL)
     wait_for(lambda: said.getvalue().count("| up\n") == 2, timeout_s=2.0)
 
@@ -102,11 +102,11 @@ def test_a_grandchild_that_keeps_the_pipe_open_does_not_delay_that(
 def test_what_is_left_of_its_group_dies_with_a_child(supervisor: Supervisor, tmp_path: Path):
     supervisor.start(shell("train", "sleep 100 & echo $! > helper; wait", tmp_path))
     helper = tmp_path / "helper"
-    wait_for(lambda: helper.exists() and helper.read_text())
+    wait_for(lambda: helper.exists() and helper.read_text(), timeout_s=5.0)
     helper_pid = int(helper.read_text())
     helper.unlink()
     os.kill(supervisor.pids()["train"], signal.SIGKILL)
-    wait_for(lambda: not alive(helper_pid))
+    wait_for(lambda: not alive(helper_pid), timeout_s=5.0)
 
 
 def test_a_child_that_keeps_dying_is_given_up(supervisor: Supervisor, said: StringIO, tmp_path: Path):
@@ -151,7 +151,7 @@ def test_the_last_started_stop_first_and_those_started_together_stop_together(
 
     supervisor.start(child("postgres", 0))
     supervisor.start(child("slow", 0.6), child("quick", 0.1), child("medium", 0.4))
-    wait_for(lambda: said.getvalue().count("up") == 4)
+    wait_for(lambda: said.getvalue().count("up") == 4, timeout_s=5.0)
     supervisor.stop()
     assert (tmp_path / "order").read_text().split() == ["quick", "medium", "slow", "postgres"]
     assert supervisor.pids() == {}
@@ -162,7 +162,7 @@ STUBBORN = "trap 'echo no' TERM; echo up; while :; do sleep 0.05; done"
 
 def test_a_child_that_does_not_stop_is_killed(supervisor: Supervisor, said: StringIO, tmp_path: Path):
     supervisor.start(shell("train", STUBBORN, tmp_path, stop_timeout_s=0.3))
-    wait_for(lambda: "up" in said.getvalue())
+    wait_for(lambda: "up" in said.getvalue(), timeout_s=5.0)
     pid = supervisor.pids()["train"]
     begin = time.monotonic()
     supervisor.stop()
@@ -173,7 +173,7 @@ def test_a_child_that_does_not_stop_is_killed(supervisor: Supervisor, said: Stri
 
 def test_a_second_ctrl_c_shortens_the_stop(supervisor: Supervisor, said: StringIO, tmp_path: Path):
     supervisor.start(shell("train", STUBBORN, tmp_path, stop_timeout_s=60))
-    wait_for(lambda: "up" in said.getvalue())
+    wait_for(lambda: "up" in said.getvalue(), timeout_s=5.0)
     begin = time.monotonic()
     impatience = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     impatience.start()
@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_shortens_the_stop(supervisor: Supervisor, said: StringI
 
 def test_a_stop_during_the_pause_before_a_restart_ends_it(supervisor: Supervisor, said: StringIO, tmp_path: Path):
     supervisor.start(shell("train", "echo $$ >> starts; exit 1", tmp_path))
-    wait_for(lambda: "0.8 s" in said.getvalue())
+    wait_for(lambda: "0.8 s" in said.getvalue(), timeout_s=5.0)
     supervisor.stop()
     assert len((tmp_path / "starts").read_text().split()) == 4
 

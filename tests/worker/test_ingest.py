@@ -9,18 +9,21 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from sqlalchemy import select
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
 
 from app import storage
 from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Image, Run, Upload, UploadFile
 from app.services import collections, jobs, uploads
+from app.services import ledger as ledger_rows
 from app.services.uploads import ReceivedPart
 from tests.pictures import picture, tar_of, two_kinds, zip_of
 from worker import intake
@@ -436,6 +439,28 @@ def test_an_ingest_that_is_killed_goes_on_without_double_rows(monkeypatch: pytes
     assert ledger(upload_id) == [(name, "accepted", None) for name in list(files)[:200]] + [
         ("twice.png", "duplicate", None)
     ]
+    assert_files_match_rows()
+
+
+def test_a_database_that_goes_away_while_rows_go_in_gives_the_upload_back(monkeypatch: pytest.MonkeyPatch):
+    upload_id = queued(("a.zip", zip_of(two_kinds(6))))
+    insert = ledger_rows.insert_rows
+
+    def cut_off(session: Session, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+
+        def then_away() -> Iterator[Sequence[object]]:
+            yield from rows
+            with open_session() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+        insert(session, statement, then_away())
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger_rows, "insert_rows", cut_off)
+        given_back = run(upload_id)
+    assert (given_back.state, given_back.lost_attempts, images()) == ("queued", 0, [])
+    assert run(upload_id).accepted == 6
     assert_files_match_rows()
 
 

@@ -39,7 +39,7 @@ def wait_until_it_trains(run_id: uuid.UUID) -> None:
     """Some steps into the training."""
     wait_for(lambda: read(run_id).stage == "training", timeout_s=120)
     first = read(run_id).progress
-    wait_for(lambda: read(run_id).progress > first)
+    wait_for(lambda: read(run_id).progress > first, timeout_s=60)
 
 
 def steps_done(run_id: uuid.UUID) -> int:

@@ -131,7 +131,7 @@ def test_a_killed_trainer_is_tried_again_and_after_three_times_given_up():
     run_id = new_run(collection_id, method="kmeans")
     for attempt in (1, 2, 3):
         thread = in_background(run_id)
-        (trainer,) = wait_for(trainers)
+        (trainer,) = wait_for(trainers, timeout_s=60)
         os.kill(trainer, signal.SIGKILL)
         thread.join(30)
         run = read(run_id)
@@ -148,7 +148,7 @@ def test_a_killed_trainer_is_tried_again_and_after_three_times_given_up():
 def test_a_cancelled_run_leaves_no_process():
     run_id = new_run(collection_of(60), image_size=512)
     thread = in_background(run_id)
-    wait_for(trainers)
+    wait_for(trainers, timeout_s=60)
     with open_session() as session:
         runs.cancel(session, run_id)
         session.commit()
@@ -165,7 +165,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back():
     run_id = new_run(collection_of(60), image_size=512)
     stop = threading.Event()
     thread = in_background(run_id, stop)
-    wait_for(trainers)
+    wait_for(trainers, timeout_s=60)
     stop.set()
     thread.join(30)
     run = read(run_id)
@@ -176,7 +176,7 @@ def test_a_worker_that_is_told_to_stop_gives_its_run_back():
 def test_a_run_that_another_worker_took_over_is_left_alone():
     run_id = new_run(collection_of(60), image_size=512)
     thread = in_background(run_id)
-    wait_for(trainers)
+    wait_for(trainers, timeout_s=60)
     with open_session() as session:
         session.execute(text("UPDATE runs SET attempt = attempt + 1"))
         session.commit()
