@@ -1,6 +1,5 @@
 import csv
 import json
-import shutil
 import subprocess
 import sys
 
@@ -168,15 +167,15 @@ def test_a_number_needs_features_to_be_found_on(sources):
         finish(group(config, sources))
 
 
-def test_features_that_are_no_numbers_are_refused(sources, cache, tmp_path):
-    copy = tmp_path / "cache"
-    shutil.copytree(cache, copy)
-    part = next(copy.rglob("*-64-*/part-*.npy"))
+def test_features_that_are_no_numbers_are_refused(sources, tmp_path):
+    config = Config(clusters=3, method="kmeans", image_size=64)
+    finish(group(config, sources, cache_dir=tmp_path))
+    (part,) = tmp_path.rglob("part-*.npy")
     features_NF = np.load(part)
     features_NF[0] = np.nan
     np.save(part, features_NF)
     with pytest.raises(InputError, match=r"the features of image .+\.png are not numbers"):
-        finish(group(Config(clusters=3, **QUICK), sources, cache_dir=copy))
+        finish(group(config, sources, cache_dir=tmp_path))
 
 
 def test_a_single_image_cannot_be_grouped(sources):
