@@ -280,7 +280,9 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     elif baseline.get("agreement") is not None:
         console.print(f"k-means, same features: agrees with it to ARI {baseline['agreement']:.3f}")
     if restarts.get("agreement") is not None:
-        console.print(f"restarts: {restarts['count']}, agree with each other to ARI {restarts['agreement']:.3f}")
+        started = restarts.get("started", restarts["count"])
+        chosen = f"{restarts['count']} of {started}" if started > restarts["count"] else restarts["count"]
+        console.print(f"restarts: {chosen}, agree with each other to ARI {restarts['agreement']:.3f}")
     for warning in metrics.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {escape(warning['message'])}")
     console.print(f"labels: {escape(str(output.resolve()))}", soft_wrap=True)

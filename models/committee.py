@@ -11,10 +11,12 @@ from torch.nn.functional import log_softmax, normalize, softmax
 
 from models import space
 from models.assign import Assignment, assign, calibrated_temperature, concatenate, matching
-from models.fit import agreement
+from models.fit import likeness
 from models.scl import SclConfig, boundary_logits, similarity_prediction, similarity_weights
 
 SPLIT_ROUNDS = 25
+# What heads say of their memory is kept up to here: 256 MB.
+SAID_FLOATS = 64 * 2**20
 
 
 class Committee:
@@ -52,6 +54,14 @@ class Committee:
         ]
         self.centres_RKD = torch.stack(aligned)
         self.memory_RSD = normalize(z_SD @ projection_RDD, dim=2)
+        self.remember()
+
+    def remember(self) -> None:
+        """What every head says of its memory, shape (R, S, K), where that is not too much to keep."""
+        restarts, images = self.memory_RSD.shape[:2]
+        self.said_RSK: Tensor | None = None
+        if restarts * images * self.centres_RKD.shape[1] <= SAID_FLOATS:
+            self.said_RSK = softmax(self.logits(self.memory_RSD, self.centres_RKD), dim=2)
 
     def answer(self, z_ND: Tensor, neighbours_NM: Tensor) -> Assignment:
         """The consensus: each prediction is the normalised geometric mean of the heads'.
@@ -81,14 +91,17 @@ class Committee:
     def predictions(self, z_BD: Tensor, neighbours_BM: Tensor) -> tuple[Tensor, Tensor]:
         """By similarity and by boundary, both of shape (B, K)."""
         log_p_BK = log_q_BK = torch.zeros((), device=z_BD.device)
-        for memory_SD, projection_DD, centres_KD in zip(
-            self.memory_RSD, self.projection_RDD, self.centres_RKD, strict=True
+        for restart, (memory_SD, projection_DD, centres_KD) in enumerate(
+            zip(self.memory_RSD, self.projection_RDD, self.centres_RKD, strict=True)
         ):
             x_BD = normalize(z_BD @ projection_DD, dim=1)
             log_q_BK = log_q_BK + log_softmax(self.logits(x_BD, centres_KD), dim=1)
             memory_BMD = memory_SD[neighbours_BM]
             weights_BM = similarity_weights(x_BD, memory_BMD, temperature=self.config.similarity_temperature)
-            said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
+            if self.said_RSK is None:
+                said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
+            else:
+                said_BMK = self.said_RSK[restart, neighbours_BM]
             log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
         restarts = len(self.projection_RDD)
         return softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)
@@ -118,13 +131,14 @@ class Committee:
                 own_S = torch.from_numpy(labels_S == k).to(self.memory_RSD.device)
                 self.centres_RKD[:, k] = normalize(self.memory_RSD[:, own_S].mean(dim=1), dim=1)
             filled = True
+        if filled:
+            self.remember()
         return filled
 
 
 def central(labels_RS: np.ndarray, scores: list[float]) -> int:
     """The restart with the largest sum of its score and of its mean adjusted Rand index to the others."""
-    alike = [np.mean([agreement([one, other]) or 0.0 for other in labels_RS]) for one in labels_RS]
-    return int(np.argmax(np.add(scores, alike)))
+    return int(np.argmax(scores + likeness(labels_RS)))
 
 
 def spread(x_BD: np.ndarray) -> float:

@@ -1,5 +1,7 @@
 """SCL on frozen features: projections, boundaries and memory of several restarts, trained side by side in seconds.
 
+Of many restarts a part is left behind half-way: `docs/decisions/0010-a-third-of-the-restarts-answers.md` says why.
+
 The terms are those of `models.scl`. An image's other view is one of its neighbours in the space of the features.
 
 Letters in shapes: N images, S of them that the heads train on, B batch, K clusters, D dimensions, M neighbours,
@@ -17,7 +19,7 @@ from torch.nn.functional import normalize, softmax
 
 from models import space, starts
 from models.committee import Committee
-from models.fit import Fit, agreement, seed_of
+from models.fit import Fit, agreement, likeness, seed_of
 from models.progress import Step
 from models.scl import (
     SclConfig,
@@ -36,6 +38,12 @@ EPOCHS = 8
 REFILLS = 3
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
+# Restarts are chosen among on about as many images.
+JUDGED = 4096
+# How much the score counts beside the likeness to the other restarts.
+SCORE_WEIGHT = 3.0
+# So many restarts are not chosen among.
+FEW = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,7 @@ class HeadConfig(SclConfig):
     """Settings on frozen features; the defaults were chosen on CIFAR-10 only."""
 
     dimensions: int = 96
-    whitening: float = 0.25  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
+    whitening: float = 0.1  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
     sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
@@ -68,10 +76,11 @@ def train(
     device: str = "cpu",
     config: HeadConfig | None = None,
 ) -> Generator[Step, None, Fit]:
-    """Train `restarts` heads from different starts on frozen features; all of them together give the answer.
+    """Train `restarts` heads from different starts on frozen features; the best third of them together give the answer.
 
-    Nothing is quadratic in N: heads train on a sample where there are very many images, and an image outside of it is
-    assigned by the boundaries and by its neighbours inside.
+    They are chosen after half of the epochs, without labels, and the others are trained no further. Nothing is
+    quadratic in N: heads train on a sample where there are very many images, and an image outside of it is assigned by
+    the boundaries and by its neighbours inside.
     """
     config = config or HeadConfig()
     axes = space.fit(features_NF, dimensions=config.dimensions, whitening=config.whitening)
@@ -80,23 +89,31 @@ def train(
     z_SD = z_ND[sample_S]
     wanted = space.neighbour_count(len(z_SD), clusters, wanted=config.neighbours)
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted)).to(device)
-    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * clusters))
-    trained: list[Heads] = []
-    for first in range(0, restarts, at_once):
-        seeds = [seed_of(seed, restart) for restart in range(first, min(first + at_once, restarts))]
-        trained.append(Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds, config=config))
-        for epoch in range(epochs):
-            details = trained[-1].epoch(epoch / epochs, (epoch + 1) / epochs)
-            done = first * epochs + (epoch + 1) * len(seeds)
-            yield Step(done=done, total=restarts * epochs, details=details)
-        trained[-1].end()
+    seeds = [seed_of(seed, restart) for restart in range(restarts)]
+    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))
+    groups = [
+        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds[first : first + at_once], config=config)
+        for first in range(0, restarts, at_once)
+    ]
+    half, stay = epochs // 2, staying(restarts)
+    done, total = 0, restarts * half + stay * (epochs - half)
+    for begin, end in ((0, half), (half, epochs)):
+        for heads in groups:
+            for epoch in range(begin, end):
+                details = heads.epoch(epoch / epochs, (epoch + 1) / epochs)
+                done += len(heads)
+                yield Step(done=done, total=total, details=details)
+            heads.forget()
+        if end == half and stay < restarts:
+            groups = keep_best(groups, stay)
 
-    scores = [value for heads in trained for value in heads.scores]
+    judged = [heads.judge(torch.arange(len(z_SD), device=device)) for heads in groups]
+    scores = [value for each in judged for value in each.scores]
     committee = Committee(
         z_SD,
-        projection_RDD=torch.cat([heads.projection_RDD.detach() for heads in trained]),
-        centres_RKD=torch.cat([heads.centres_RKD.detach() for heads in trained]),
-        labels_RS=np.concatenate([heads.labels_RS for heads in trained]),
+        projection_RDD=torch.cat([heads.projection_RDD.detach() for heads in groups]),
+        centres_RKD=torch.cat([heads.centres_RKD.detach() for heads in groups]),
+        labels_RS=np.concatenate([each.labels_RB for each in judged]),
         scores=scores,
         images_each=config.drawn(len(z_SD), clusters) / clusters,
         config=config,
@@ -123,6 +140,7 @@ def train(
         },
         scores=scores,
         restarts_agreement=agreement(list(committee.labels_RS)),
+        started=restarts,
     )
 
 
@@ -148,6 +166,10 @@ class Heads:
         self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
         self.refresh()
         self.mean_RK = self.memory_RSK.mean(dim=1)
+        self.forget()
+
+    def __len__(self) -> int:
+        return len(self.generators)
 
     def embed(self, z_BD: Tensor) -> Tensor:
         return normalize(z_BD @ self.projection_RDD, dim=-1)
@@ -236,24 +258,72 @@ class Heads:
             "agreement": agreed_RB.mean().item(),
         }
 
+    def forget(self) -> None:
+        """Let the memory go; the next epoch makes it anew."""
+        del self.memory_RSK
+
     @torch.no_grad()
-    def end(self) -> None:
-        """Each restart's own grouping of the sample and its score; the memory is let go."""
+    def judge(self, rows_B: Tensor) -> "Judged":
+        """Each restart's own grouping of these images of the sample, and its score on them."""
         x_RSD = self.refresh()
-        self.scores: list[float] = []
-        labels = []
+        scores, labels = [], []
         for x_SD, q_SK in zip(x_RSD, self.memory_RSK, strict=True):
-            weights_SM = self.neighbour_weights(x_SD, torch.arange(len(x_SD), device=x_SD.device))
-            p_SK = torch.cat(
+            weights_BM = self.neighbour_weights(x_SD, rows_B)
+            p_BK = torch.cat(
                 [
-                    similarity_prediction(weights_SM[rows_B], q_SK[self.neighbours_SM[rows_B]])
-                    for rows_B in space.blocks(len(q_SK), space.BLOCK // 4)
+                    similarity_prediction(weights_BM[some], q_SK[self.neighbours_SM[rows_B[some]]])
+                    for some in space.blocks(len(rows_B), space.BLOCK // 4)
                 ]
             )
-            self.scores.append(float(score(p_SK, q_SK)))
-            labels.append((p_SK * q_SK).argmax(dim=1).cpu().numpy())
-        self.labels_RS = np.stack(labels)
-        del self.memory_RSK
+            scores.append(float(score(p_BK, q_SK[rows_B])))
+            labels.append((p_BK * q_SK[rows_B]).argmax(dim=1).cpu().numpy())
+        self.forget()
+        return Judged(scores=scores, labels_RB=np.stack(labels))
+
+    def keep(self, chosen: list[int]) -> None:
+        """Go on with these restarts alone, in this order."""
+        old = (self.projection_RDD, self.centres_RKD)
+        self.projection_RDD, self.centres_RKD = (values.detach()[chosen].requires_grad_() for values in old)
+        optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=self.config.learning_rate)
+        for before, now in zip(old, (self.projection_RDD, self.centres_RKD), strict=True):
+            state = self.optimizer.state.get(before, {})
+            optimizer.state[now] = {
+                name: value[chosen] if value.shape == before.shape else value for name, value in state.items()
+            }
+        self.optimizer, self.mean_RK = optimizer, self.mean_RK[chosen]
+        self.generators = [self.generators[number] for number in chosen]
+        self.each_R1 = self.each_R1[: len(chosen)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What is known of some restarts without labels."""
+
+    scores: list[float]
+    labels_RB: np.ndarray
+
+
+def keep_best(groups: list[Heads], stay: int) -> list[Heads]:
+    """Keep the restarts with the largest sums of `SCORE_WEIGHT` times the score and mean likeness to the others."""
+    images = len(groups[0].z_SD)
+    rows_B = torch.arange(0, images, max(1, images // JUDGED), device=groups[0].z_SD.device)
+    judged = [heads.judge(rows_B) for heads in groups]
+    scores_R = np.concatenate([each.scores for each in judged])
+    alike_R = likeness(np.concatenate([each.labels_RB for each in judged]))
+    chosen = set(np.argsort(-(SCORE_WEIGHT * scores_R + alike_R), kind="stable")[:stay].tolist())
+    first, kept = 0, []
+    for heads in groups:
+        own = [number for number in range(len(heads)) if first + number in chosen]
+        first += len(heads)
+        if own:
+            heads.keep(own)
+            kept.append(heads)
+    return kept
+
+
+def staying(restarts: int) -> int:
+    """Of how many restarts the heads go on after half of the epochs and answer."""
+    return max(min(restarts, FEW), round(restarts / 3))
 
 
 def draw(images: int, most: int, *, seed: int) -> Tensor:

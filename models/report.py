@@ -84,7 +84,12 @@ def evidence_of(fit: Fit, clusters: int, truth: Sequence[str] | None) -> dict[st
         "sizes": sizes,
         "balance": metrics.balance(sizes),
         "consensus_rate": float(fit.assignment.consensus_N.mean()),
-        "restarts": {"count": len(fit.scores), "scores": fit.scores, "agreement": fit.restarts_agreement},
+        "restarts": {
+            "count": len(fit.scores),
+            "started": fit.started or len(fit.scores),
+            "scores": fit.scores,
+            "agreement": fit.restarts_agreement,
+        },
         "warnings": metrics.warnings(sizes),
         "calibration": None if truth is None else metrics.calibration(truth, labels_N, fit.assignment.confidence_N),
         "quality": None if truth is None else metrics.quality(truth, labels_N),

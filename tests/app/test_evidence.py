@@ -85,6 +85,9 @@ def test_how_far_restarts_agree_is_said_in_words(api: TestClient):
     run = finished_run(metrics=WHOLE | {"restarts": {"count": 6, "agreement": 0.2}})
     words = words_of(api.get(f"/runs/{run.id}", headers=PAGE).text)
     assert "6 independent starts differ widely (ARI 0.20), so another seed may well give other groups." in words
+    run = finished_run(metrics=WHOLE | {"restarts": {"count": 8, "started": 24, "agreement": 0.87}})
+    words = words_of(api.get(f"/runs/{run.id}", headers=PAGE).text)
+    assert "8 independent starts, chosen from 24, agree closely (ARI 0.87)." in words
     for few in ({"count": 1, "agreement": None}, None):
         run = finished_run(metrics=WHOLE | {"restarts": few})
         assert "independent starts" not in api.get(f"/runs/{run.id}", headers=PAGE).text

@@ -7,7 +7,7 @@ from sklearn.cluster import AgglomerativeClustering
 from sklearn.metrics import adjusted_rand_score
 from sklearn.preprocessing import normalize
 
-from models import heads, space, starts
+from models import committee, heads, space, starts
 from models.committee import Committee
 from models.heads import HeadConfig
 from tests.models.conftest import finish
@@ -16,6 +16,13 @@ from tests.models.conftest import finish
 def train(features_NF, **settings):
     options = {"clusters": 6, "epochs": 5, "restarts": 2, "seed": 0, **settings}
     return finish(heads.train(features_NF, **options))
+
+
+@pytest.fixture
+def mist(blobs):
+    """240 images without clear groups, on which restarts differ."""
+    features_NF, _ = blobs
+    return features_NF[np.random.default_rng(3).permutation(240)] + features_NF
 
 
 def test_far_groups_are_found(blobs):
@@ -27,10 +34,8 @@ def test_far_groups_are_found(blobs):
     assert all(math.isfinite(value) for step in steps for value in step.details.values())
 
 
-def test_the_same_seed_gives_the_same_bits(blobs):
-    features_NF, _ = blobs
-    noise_NF = features_NF[np.random.default_rng(3).permutation(240)] + features_NF  # no clear groups
-    (_, one), (_, two), (_, other) = train(noise_NF), train(noise_NF), train(noise_NF, seed=1)
+def test_the_same_seed_gives_the_same_bits(mist):
+    (_, one), (_, two), (_, other) = train(mist), train(mist), train(mist, seed=1)
     assert np.array_equal(one.assignment.confidence_N, two.assignment.confidence_N)
     assert all(np.array_equal(one.model[name], two.model[name]) for name in one.model)
     assert not np.array_equal(one.model["centres"], other.model["centres"])
@@ -59,6 +64,54 @@ def test_a_large_collection_is_sampled_in_every_epoch(blobs):
     features_NF, class_N = blobs
     _, fit = train(features_NF, config=HeadConfig(epoch_images=100, batch=50))
     assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+
+
+@pytest.mark.parametrize(
+    ("restarts", "stay"), [(1, 1), (2, 2), (4, 4), (5, 4), (12, 4), (13, 4), (15, 5), (24, 8), (100, 33)]
+)
+def test_a_third_of_many_restarts_answers(restarts, stay):
+    assert heads.staying(restarts) == stay
+
+
+def test_restarts_that_stay_go_on_as_if_no_other_had_been_there(mist, monkeypatch):
+    steps, chosen = train(mist, restarts=9, epochs=4)
+    assert [step.done for step in steps] == [9, 18, 22, 26]
+    assert {step.total for step in steps} == {26}
+    assert (len(chosen.scores), chosen.started) == (4, 9)
+    monkeypatch.setattr(heads, "staying", lambda restarts: restarts)
+    whole = train(mist, restarts=9, epochs=4)[1]
+    assert len(whole.scores) == 9
+    gaps = np.abs(chosen.model["projection"][:, None] - whole.model["projection"][None]).max(axis=(2, 3))
+    assert (gaps.min(axis=1) < 1e-5).all()
+    assert len(set(gaps.argmin(axis=1))) == 4
+    assert (np.sort(gaps, axis=1)[:, 1] > 1e-3).all()  # the others are others
+
+
+@pytest.mark.parametrize("at_once", [6, 2])
+def test_a_restart_that_went_wrong_is_left_behind(blobs, at_once):
+    features_NF, _ = blobs
+    z_SD = space.fit(features_NF, dimensions=12).project(features_NF)
+    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
+    groups = [
+        heads.Heads(
+            z_SD, neighbours_SM, clusters=6, seeds=list(range(first, first + at_once)), config=HeadConfig(dimensions=12)
+        )
+        for first in range(0, 6, at_once)
+    ]
+    with torch.no_grad():
+        groups[0].centres_RKD[1] = groups[0].centres_RKD[1, :1]  # all boundaries in one place
+    right = torch.cat([each.centres_RKD.detach() for each in groups])[[0, 2, 3, 4, 5]]
+    kept = heads.keep_best(groups, 5)
+    assert torch.equal(torch.cat([each.centres_RKD.detach() for each in kept]), right)
+    assert [len(each) for each in kept] == [len(each.projection_RDD) for each in kept]
+
+
+def test_what_heads_say_of_their_memory_may_be_kept_or_not(mist, monkeypatch):
+    kept = train(mist)[1]
+    monkeypatch.setattr(committee, "SAID_FLOATS", 0)
+    anew = train(mist)[1]
+    np.testing.assert_allclose(kept.assignment.confidence_N, anew.assignment.confidence_N, rtol=1e-4)
+    assert np.array_equal(kept.assignment.labels_N, anew.assignment.labels_N)
 
 
 def test_restarts_trained_in_turn_are_those_trained_side_by_side(blobs, monkeypatch):
@@ -91,7 +144,7 @@ def test_an_empty_cluster_gets_half_of_the_widest(blobs):
     z_ND = axes.project(features_NF)
     centres_KD = torch.stack([z_ND[class_N == k].mean(dim=0) for k in np.unique(class_N)])
     away_1D = -centres_KD[:1]  # no image is near: the seventh cluster is empty
-    committee = Committee(
+    heads_together = Committee(
         z_ND,
         projection_RDD=torch.eye(z_ND.shape[1])[None],
         centres_RKD=torch.cat([centres_KD, away_1D])[None],
@@ -101,20 +154,20 @@ def test_an_empty_cluster_gets_half_of_the_widest(blobs):
         config=HeadConfig(),
     )
     neighbours_NM = torch.from_numpy(space.nearest(z_ND.numpy(), 5))
-    before_N = committee.answer(z_ND, neighbours_NM).labels_N
+    before_N = heads_together.answer(z_ND, neighbours_NM).labels_N
     assert set(before_N) == set(range(6))
-    assert committee.refill(before_N)
-    after_N = committee.answer(z_ND, neighbours_NM).labels_N
+    assert heads_together.refill(before_N)
+    after_N = heads_together.answer(z_ND, neighbours_NM).labels_N
     assert set(after_N) == set(range(7))
     halves = set(before_N[after_N == 6])
     assert len(halves) == 1  # all from one cluster, of which the rest stayed
     assert (after_N[~np.isin(before_N, list(halves))] == before_N[~np.isin(before_N, list(halves))]).all()
-    assert not committee.refill(after_N)
+    assert not heads_together.refill(after_N)
 
 
 def test_equal_images_cannot_fill_a_cluster():
     z_ND = torch.eye(4)[:2].repeat_interleave(10, dim=0)
-    committee = Committee(
+    heads_together = Committee(
         z_ND,
         projection_RDD=torch.eye(4)[None],
         centres_RKD=torch.eye(4)[None, :3],
@@ -123,7 +176,7 @@ def test_equal_images_cannot_fill_a_cluster():
         images_each=40,
         config=HeadConfig(),
     )
-    assert not committee.refill(np.repeat([0, 1], 10))
+    assert not heads_together.refill(np.repeat([0, 1], 10))
 
 
 def test_pieces_are_merged_as_ward_merges_their_images():
