@@ -47,6 +47,12 @@ class Selection:
         return np.sort(np.concatenate(taken))
 
 
+def spare(selection: Selection, class_N: np.ndarray, *, seed: int) -> np.ndarray:
+    """The files that no benchmark reports on, shuffled: settings are chosen on these alone."""
+    reported = Selection(archive=selection.archive, images=10_000).rows(class_N)
+    return np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(class_N)), reported))
+
+
 def unpack(selection: Selection, folder: Path) -> tuple[list[Source], list[str]]:
     """The files (their names are ours to trust), and the folder that each lies in."""
     sources, truth = [], []

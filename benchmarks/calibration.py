@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-from benchmarks.archives import Selection, frozen_features, unpack
+from benchmarks.archives import Selection, frozen_features, spare, unpack
 from models import assign, committee, heads
 from models.config import METHODS
 from models.metrics import calibration
@@ -80,9 +80,7 @@ def features(selection: Selection) -> tuple[np.ndarray, np.ndarray]:
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(selection, Path(scratch) / "images")
         class_N = np.unique(truth, return_inverse=True)[1]
-        reported = Selection(archive=selection.archive, images=10_000).rows(class_N)
-        rest = np.setdiff1d(np.arange(len(sources)), reported)
-        rows = np.random.default_rng(77).permutation(rest)[:IMAGES]
+        rows = spare(selection, class_N, seed=77)[:IMAGES]
         return frozen_features([sources[row] for row in rows]), class_N[rows]
 
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.archives import Selection, frozen_features, unpack
+from benchmarks.archives import Selection, frozen_features, spare, unpack
 from benchmarks.calibration import drawn
 from models import backbones, heads
 from models.baselines import kmeans
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(options.data, Path(scratch) / "images")
         class_N = np.unique(truth, return_inverse=True)[1]
-        reported = Selection(archive=options.data.archive, images=10_000).rows(class_N)
-        rest = np.setdiff1d(np.arange(len(sources)), reported)
-        rows = np.random.default_rng(78).permutation(rest)[:IMAGES]
+        rows = spare(options.data, class_N, seed=78)[:IMAGES]
         print(f"{'power':>5} {'method':<7} {'ACC':>6} {'NMI':>6} {'ARI':>6}  ACC of the samples")
         for power in options.powers:
             with patch.object(backbones, "to_onnx", partial(backbones.to_onnx, power=power)):
