@@ -24,6 +24,7 @@ from benchmarks.archives import Selection, unpack
 from benchmarks.quality import spread
 from models import pixels
 from models.baselines import kmeans
+from models.config import METHODS
 from models.features import cores
 from models.full import Training
 from models.metrics import quality
@@ -32,7 +33,7 @@ from models.progress import finish
 from models.train import OBJECTIVES
 
 MARKS = 4  # of the curve
-RESTARTS = 8
+RESTARTS = METHODS["scl"]["full"].restarts
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

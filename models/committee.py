@@ -4,6 +4,8 @@ Letters in shapes: N images, S of them that the heads were trained on, B of some
 M neighbours, R restarts.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from models.fit import likeness
 from models.scl import SclConfig, boundary_logits, similarity_prediction, similarity_weights
 
 SPLIT_ROUNDS = 25
+# Confidence is calibrated by at most so many images.
+SURVEYED = 2048
 # What heads say of their memory is kept up to here: 256 MB.
 SAID_FLOATS = 64 * 2**20
 
@@ -71,24 +75,22 @@ class Committee:
             neighbours_NM: of each, in the memory.
 
         """
-        clusters = self.centres_RKD.shape[1]
-        block = max(64, min(2048, 2**25 // (neighbours_NM.shape[1] * clusters)))
-        stride = -(-len(z_ND) // block)
-        # A block of images from all over the collection tells how often the predictions differ.
-        p_BK, q_BK = self.predictions(z_ND[::stride], neighbours_NM[::stride])
-        differ = float((p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).float().mean())
-        rule, temperature = self.config.rule, calibrated_temperature(differ, self.images_each)
-        if stride == 1:
-            return assign(p_BK, q_BK, rule=rule, temperature=temperature)
-        return concatenate(
-            [
-                assign(*self.predictions(z_ND[rows_B], neighbours_NM[rows_B]), rule=rule, temperature=temperature)
-                for rows_B in space.blocks(len(z_ND), block)
-            ]
-        )
+        # Images from all over the collection tell how often the predictions differ.
+        stride = -(-len(z_ND) // SURVEYED)
+        surveyed = list(self.predictions(z_ND[::stride], neighbours_NM[::stride]))
+        differ = np.concatenate([(p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).cpu().numpy() for p_BK, q_BK in surveyed])
+        rule, temperature = self.config.rule, calibrated_temperature(float(differ.mean()), self.images_each)
+        everywhere = surveyed if stride == 1 else self.predictions(z_ND, neighbours_NM)
+        return concatenate([assign(p_BK, q_BK, rule=rule, temperature=temperature) for p_BK, q_BK in everywhere])
+
+    def predictions(self, z_ND: Tensor, neighbours_NM: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """By similarity and by boundary, a block of images at a time, which fits the caches of a core."""
+        block = max(64, min(space.GATHERED, 2**25 // (neighbours_NM.shape[1] * self.centres_RKD.shape[1])))
+        for rows_B in space.blocks(len(z_ND), block):
+            yield self.predict(z_ND[rows_B], neighbours_NM[rows_B])
 
     @torch.no_grad()
-    def predictions(self, z_BD: Tensor, neighbours_BM: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, z_BD: Tensor, neighbours_BM: Tensor) -> tuple[Tensor, Tensor]:
         """By similarity and by boundary, both of shape (B, K)."""
         log_p_BK = log_q_BK = torch.zeros((), device=z_BD.device)
         for restart, (memory_SD, projection_DD, centres_KD) in enumerate(

@@ -32,7 +32,7 @@ class Defaults:
 # Method by method, the ways to train that it knows: `head` on frozen features, `full` with the backbone.
 METHODS: Mapping[str, Mapping[str, Defaults]] = MappingProxyType(
     {
-        "scl": {"head": Defaults(epochs=8, restarts=24), "full": Defaults(epochs=100, restarts=4)},
+        "scl": {"head": Defaults(epochs=8, restarts=24), "full": Defaults(epochs=100, restarts=24)},
         "kmeans": {"head": Defaults(epochs=300, restarts=10)},
         "kmeans_pixels": {"head": Defaults(epochs=300, restarts=10)},
         "temi": {"head": Defaults(epochs=40, restarts=16)},

@@ -38,8 +38,8 @@ EPOCHS = 8
 REFILLS = 3
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
-# Restarts are chosen among on about as many images.
-JUDGED = 4096
+# Restarts are chosen among on about as many images, or on 16 for every cluster if that is more.
+JUDGED = 2048
 # How much the score counts beside the likeness to the other restarts.
 SCORE_WEIGHT = 3.0
 # So many restarts are not chosen among.
@@ -180,18 +180,19 @@ class Heads:
     @torch.no_grad()
     def refresh(self) -> Tensor:
         """Remember every image's boundary prediction by the heads as they are; the vectors, of shape (R, S, D)."""
-        x_RSD = self.embed(self.z_SD)
+        x_RSD = self.z_SD @ self.projection_RDD
+        normalize(x_RSD, dim=-1, out=x_RSD)
         self.memory_RSK = softmax(self.logits(x_RSD), dim=-1)
         return x_RSD
 
     @torch.no_grad()
     def neighbour_weights(self, x_SD: Tensor, rows_B: Tensor) -> Tensor:
-        """How much the neighbours of these images count, some thousand at a time; shape (B, M)."""
+        """How much the neighbours of these images count, shape (B, M)."""
         parts = [
             similarity_weights(
                 x_SD[some_B], x_SD[self.neighbours_SM[some_B]], temperature=self.config.similarity_temperature
             )
-            for some_B in rows_B.tensor_split(max(1, len(rows_B) // space.BLOCK))
+            for some_B in torch.split(rows_B, space.GATHERED)
         ]
         return torch.cat(parts)
 
@@ -305,8 +306,9 @@ class Judged:
 
 def keep_best(groups: list[Heads], stay: int) -> list[Heads]:
     """Keep the restarts with the largest sums of `SCORE_WEIGHT` times the score and mean likeness to the others."""
-    images = len(groups[0].z_SD)
-    rows_B = torch.arange(0, images, max(1, images // JUDGED), device=groups[0].z_SD.device)
+    images, clusters = len(groups[0].z_SD), groups[0].centres_RKD.shape[1]
+    stride = max(1, images // max(JUDGED, 16 * clusters))
+    rows_B = torch.arange(0, images, stride, device=groups[0].z_SD.device)
     judged = [heads.judge(rows_B) for heads in groups]
     scores_R = np.concatenate([each.scores for each in judged])
     alike_R = likeness(np.concatenate([each.labels_RB for each in judged]))

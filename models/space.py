@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 BLOCK = 8192
+# Images whose neighbours' vectors are gathered at a time: more of them leave the caches of a core.
+GATHERED = 1024
 # Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
 EXACT_LIMIT = 50_000
 # Up to here k-means looks at every image in every round; above, at batches.
