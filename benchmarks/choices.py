@@ -37,7 +37,6 @@ class Choice:
 CHOICES = {
     "as it is": Choice(),
     "12 restarts, all answer": Choice(restarts=12, all_answer=True),
-    "24 restarts, all answer": Choice(all_answer=True),
     "whitening 0.25": Choice(config=HeadConfig(whitening=0.25)),
     "no whitening": Choice(config=HeadConfig(whitening=0.0)),
     "no contrast": Choice(config=HeadConfig(contrast="none")),

@@ -39,7 +39,7 @@ REFILLS = 3
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
 # Restarts are chosen among on about as many images, or on 16 for every cluster if that is more.
-JUDGED = 2048
+JUDGED = 4096
 # How much the score counts beside the likeness to the other restarts.
 SCORE_WEIGHT = 3.0
 # So many restarts are not chosen among.
