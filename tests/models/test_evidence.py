@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 
 from models import metrics, representatives
 from models.assign import assign, by_size, calibrated_temperature, matching
-from models.fit import agreement, seed_of
+from models.fit import agreement, likeness, seed_of
 
 
 def test_accuracy_matches_clusters_to_classes_once():
@@ -95,6 +96,25 @@ def test_agreement_of_restarts():
     assert agreement([a]) is None
     assert agreement([a, b, a]) == 1
     assert len({seed_of(seed, restart) for seed in range(5) for restart in range(5)}) == 25
+
+
+@pytest.mark.parametrize(("restarts", "images", "groups"), [(2, 50, 3), (5, 300, 40), (4, 7, 2), (3, 4, 4)])
+def test_likeness_is_the_mean_adjusted_rand_index_to_the_others(restarts, images, groups):
+    rng = np.random.default_rng(images)
+    labels_RN = rng.integers(0, groups, (restarts, images)) * 3  # numbers may be left out
+    labels_RN[1:] = np.where(rng.random((restarts - 1, images)) < 0.5, labels_RN[0], labels_RN[1:])
+    expected = [
+        np.mean([adjusted_rand_score(one, other) for place, other in enumerate(labels_RN) if place != own])
+        for own, one in enumerate(labels_RN)
+    ]
+    np.testing.assert_allclose(likeness(labels_RN), expected, atol=1e-12)
+
+
+def test_likeness_of_groupings_that_say_nothing():
+    one, single = np.zeros(5, int), np.arange(5)
+    assert likeness([one, one]).tolist() == likeness([single, single, single])[:2].tolist() == [1, 1]
+    assert likeness([one, single]).tolist() == [0, 0]
+    assert likeness([single]).tolist() == [0]
 
 
 def on_circle(degrees):
