@@ -8,29 +8,25 @@ seeds each; prints the means for every kind of draw, and the standard deviation 
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from benchmarks.ablation import Variant, features, score
 from benchmarks.archives import Selection, frozen_features, spare, unpack
 from benchmarks.calibration import drawn
 from models import heads
-from models.config import METHODS
 from models.heads import HeadConfig
-from models.metrics import quality
-from models.progress import finish
 
 EVEN, SKEWED, LARGE = 4, 3, 3
 SEEDS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    config: HeadConfig = field(default_factory=HeadConfig)
-    restarts: int = METHODS["scl"]["head"].restarts
+class Choice(Variant):
     all_answer: bool = False
 
 
@@ -50,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--photos", type=Selection.parse, nargs="*", default=[], metavar="ZIP")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    draws = [*small_pictures(options.data), *(whole(selection) for selection in options.photos)]
+    draws = [*small_pictures(options.data), *((photos.name, *features(photos)) for photos in options.photos)]
     print(f"{'choice':<24} {'draws':<16} {'ACC':>6} {'NMI':>6} {'ARI':>6} {'sd':>6}  ACC of each")
     for name, choice in CHOICES.items():
         for kind in dict.fromkeys(kind for kind, _, _ in draws):
@@ -77,28 +73,11 @@ def small_pictures(selection: Selection) -> Iterator[tuple[str, np.ndarray, list
         yield kind, features_NF[own], [str(label) for label in label_N[own]]
 
 
-def whole(selection: Selection) -> tuple[str, np.ndarray, list[str]]:
-    with tempfile.TemporaryDirectory() as scratch:
-        sources, truth = unpack(selection, Path(scratch) / "images")
-        return selection.name, frozen_features(sources), truth
-
-
 def group(features_NF: np.ndarray, truth: list[str], choice: Choice) -> list[list[float]]:
     """ACC, NMI and ARI of every seed."""
-    scores = []
     with patch.object(heads, "staying", (lambda restarts: restarts) if choice.all_answer else heads.staying):
-        for seed in range(SEEDS):
-            steps = heads.train(
-                features_NF,
-                clusters=len(set(truth)),
-                epochs=METHODS["scl"]["head"].epochs,
-                restarts=choice.restarts,
-                seed=seed,
-                config=choice.config,
-            )
-            found = quality(truth, finish(steps).assignment.labels_N)
-            scores.append([found[name] for name in ("acc", "nmi", "ari")])
-    return scores
+        found = [score(features_NF, truth, choice, seed) for seed in range(SEEDS)]
+    return [[each[name] for name in ("acc", "nmi", "ari")] for each in found]
 
 
 if __name__ == "__main__":
