@@ -261,7 +261,7 @@ class Heads:
 
     def forget(self) -> None:
         """Let the memory go; the next epoch makes it anew."""
-        del self.memory_RSK
+        self.memory_RSK = torch.empty(0)
 
     @torch.no_grad()
     def judge(self, rows_B: Tensor) -> "Judged":

@@ -87,6 +87,13 @@ def test_restarts_that_stay_go_on_as_if_no_other_had_been_there(mist, monkeypatc
     assert (np.sort(gaps, axis=1)[:, 1] > 1e-3).all()  # the others are others
 
 
+def test_a_single_epoch_is_trained_by_those_that_start_best(blobs):
+    features_NF, class_N = blobs
+    steps, fit = train(features_NF, restarts=6, epochs=1)
+    assert [(step.done, step.total) for step in steps] == [(4, 4)]
+    assert adjusted_rand_score(class_N, fit.assignment.labels_N) == 1
+
+
 @pytest.mark.parametrize("at_once", [6, 2])
 def test_a_restart_that_went_wrong_is_left_behind(blobs, at_once):
     features_NF, _ = blobs
