@@ -77,7 +77,7 @@ def calibrated_temperature(differ: float, images_each: float) -> float:
         images_each: images that a cluster saw in an epoch, on average.
 
     """
-    return float(0.38 * (differ + 0.005) ** 0.23 * images_each**0.28)
+    return float(0.40 * (differ + 0.005) ** 0.26 * images_each**0.30)
 
 
 def concatenate(parts: Sequence[Assignment]) -> Assignment:

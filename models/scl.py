@@ -31,7 +31,7 @@ class SclConfig:
 
     consistency: bool = True  # teach the boundaries what both predictions agree on; else only what they say
     contrast: Literal["semantic", "instance", "none"] = "semantic"
-    balance: float = 0.5  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
+    balance: float = 0.2  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
     trust: bool = True  # weigh an image by how far its two predictions agree
     rule: Rule = "consensus"
 
@@ -39,7 +39,7 @@ class SclConfig:
     boundary_temperature: float = 0.3
     similarity_temperature: float = 0.1
     contrast_temperature: float = 0.2
-    contrast_weight: float = 0.5
+    contrast_weight: float = 0.25
     momentum: float = 0.5  # of the memory
 
     def __post_init__(self) -> None:
