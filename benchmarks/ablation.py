@@ -35,7 +35,7 @@ VARIANTS = {
     "+ consistency, no contrast": Variant(config=HeadConfig(contrast="none")),
     "+ consistency, instance contrast": Variant(config=HeadConfig(contrast="instance")),
     "without trust": Variant(config=HeadConfig(trust=False)),
-    "without balance": Variant(config=HeadConfig(balance=0.0)),
+    "with balance": Variant(config=HeadConfig(balance=0.5)),
     "without whitening": Variant(config=HeadConfig(whitening=0.0)),
     "assigned by similarity": Variant(config=HeadConfig(rule="similarity")),
     "assigned by boundary": Variant(config=HeadConfig(rule="boundary")),

@@ -104,7 +104,8 @@ def measure(features_BF: np.ndarray, class_B: np.ndarray) -> Draw:
     clusters = len(np.unique(class_B))
     with patch.object(committee, "assign", kept):
         finish(heads.train(features_BF, clusters=clusters, epochs=defaults.epochs, restarts=defaults.restarts, seed=0))
-    p_BK, q_BK = (torch.cat(parts) for parts in zip(*assigned, strict=True))
+    # Where an empty cluster was refilled the committee answered again, and its last answer counts.
+    p_BK, q_BK = (torch.cat(parts)[-len(class_B) :] for parts in zip(*assigned, strict=True))
     truth = [str(number) for number in class_B]
     errors = []
     for temperature in TEMPERATURES:

@@ -32,11 +32,14 @@ class Choice(Variant):
 
 CHOICES = {
     "as it is": Choice(),
-    "12 restarts, all answer": Choice(restarts=12, all_answer=True),
+    "contrast 0.5": Choice(config=HeadConfig(contrast_weight=0.5)),
+    "no contrast": Choice(config=HeadConfig(contrast="none")),
+    "balance 0.2": Choice(config=HeadConfig(balance=0.2)),
+    "balance 0.5": Choice(config=HeadConfig(balance=0.5)),
+    "contrast 0.5, balance 0.5": Choice(config=HeadConfig(contrast_weight=0.5, balance=0.5)),
     "whitening 0.25": Choice(config=HeadConfig(whitening=0.25)),
     "no whitening": Choice(config=HeadConfig(whitening=0.0)),
-    "no contrast": Choice(config=HeadConfig(contrast="none")),
-    "no balance": Choice(config=HeadConfig(balance=0.0)),
+    "12 restarts, all answer": Choice(restarts=12, all_answer=True),
 }
 
 

@@ -31,7 +31,7 @@ class SclConfig:
 
     consistency: bool = True  # teach the boundaries what both predictions agree on; else only what they say
     contrast: Literal["semantic", "instance", "none"] = "semantic"
-    balance: float = 0.2  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
+    balance: float = 0.0  # power of the mean assignment that the target is divided by; 0 lets clusters be uneven
     trust: bool = True  # weigh an image by how far its two predictions agree
     rule: Rule = "consensus"
 
