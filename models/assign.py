@@ -77,7 +77,7 @@ def calibrated_temperature(differ: float, images_each: float) -> float:
         images_each: images that a cluster saw in an epoch, on average.
 
     """
-    return float(0.40 * (differ + 0.005) ** 0.26 * images_each**0.30)
+    return float(0.36 * (differ + 0.005) ** 0.27 * images_each**0.33)
 
 
 def concatenate(parts: Sequence[Assignment]) -> Assignment:
