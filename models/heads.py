@@ -48,7 +48,7 @@ FEW = 4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(SclConfig):
-    """Settings on frozen features; the defaults were chosen on CIFAR-10 only."""
+    """Settings on frozen features; the defaults were chosen by `benchmarks.choices`."""
 
     dimensions: int = 96
     whitening: float = 0.1  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
