@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'choice':<24} {'draws':<16} {'ACC':>6} {'NMI':>6} {'ARI':>6} {'sd':>6}  ACC of each")
     for name in options.only:
         for kind in dict.fromkeys(kind for kind, _, _ in draws):
-            own = [group(features_NF, truth, CHOICES[name]) for drawn_as, features_NF, truth in draws if drawn_as == kind]
+            own = [
+                group(features_NF, truth, CHOICES[name]) for drawn_as, features_NF, truth in draws if drawn_as == kind
+            ]
             found_DS3 = np.array(own)
             means = " ".join(f"{value:>6.3f}" for value in found_DS3.mean(axis=(0, 1)))
             deviation = found_DS3[:, :, 0].std(axis=1, ddof=1).mean()

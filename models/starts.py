@@ -1,9 +1,9 @@
 """Where the clusters of SCL start: many small groups of k-means, merged until the wanted number is left.
 
 k-means alone cuts large classes into pieces of equal size and drops small ones; merging small pieces by Ward's
-criterion follows the density instead. On samples of CIFAR-10, even and skewed, heads that start so end better and
-differ less (`docs/method.md` has the figures). What lies between two groups blurs them: `smoothed` draws each image to its
-neighbours first, as mean shift does.
+criterion follows the density instead. Images that lie between two groups blur the density: `smoothed` draws each to its
+neighbours first. On samples of CIFAR-10, even and skewed, heads that start so end better and differ less
+(`docs/method.md` has the figures).
 
 Letters in shapes: N images, B of them, P pieces, K clusters, D dimensions, M neighbours.
 """
