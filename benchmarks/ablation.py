@@ -37,7 +37,6 @@ VARIANTS = {
     "without trust": Variant(config=HeadConfig(trust=False)),
     "with balance": Variant(config=HeadConfig(balance=0.5)),
     "without whitening": Variant(config=HeadConfig(whitening=0.0)),
-    "without smoothing": Variant(config=HeadConfig(smoothing=0)),
     "assigned by similarity": Variant(config=HeadConfig(rule="similarity")),
     "assigned by boundary": Variant(config=HeadConfig(rule="boundary")),
     "a single restart": Variant(restarts=1),

@@ -39,9 +39,6 @@ CHOICES = {
     "contrast 0.5, balance 0.5": Choice(config=HeadConfig(contrast_weight=0.5, balance=0.5)),
     "whitening 0.25": Choice(config=HeadConfig(whitening=0.25)),
     "no whitening": Choice(config=HeadConfig(whitening=0.0)),
-    "no smoothing": Choice(config=HeadConfig(smoothing=0)),
-    "smoothing 2": Choice(config=HeadConfig(smoothing=2)),
-    "smoothing 8": Choice(config=HeadConfig(smoothing=8)),
     "12 restarts, all answer": Choice(restarts=12, all_answer=True),
 }
 

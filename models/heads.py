@@ -52,7 +52,6 @@ class HeadConfig(SclConfig):
 
     dimensions: int = 96
     whitening: float = 0.1  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
-    smoothing: int = 4  # rounds in which images are drawn to their neighbours before starts are sought
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
     sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
@@ -61,8 +60,6 @@ class HeadConfig(SclConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
-        if self.smoothing < 0:
-            raise ValueError(f"smoothing is {self.smoothing}; it must be at least 0")
 
     def drawn(self, images: int, clusters: int) -> int:
         """Images that an epoch looks at."""
@@ -164,8 +161,7 @@ class Heads:
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        smooth_SD = starts.smoothed(z_SD, neighbours_SM, rounds=config.smoothing)
-        found_RKD = starts.several(smooth_SD.cpu().numpy(), clusters, seeds=seeds)
+        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds)
         self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
         self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
         self.refresh()

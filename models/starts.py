@@ -1,20 +1,16 @@
 """Where the clusters of SCL start: many small groups of k-means, merged until the wanted number is left.
 
 k-means alone cuts large classes into pieces of equal size and drops small ones; merging small pieces by Ward's
-criterion follows the density instead. Images that lie between two groups blur the density: `smoothed` draws each to its
-neighbours first. On samples of CIFAR-10, even and skewed, heads that start so end better and differ less
-(`docs/method.md` has the figures).
+criterion follows the density instead. On samples of CIFAR-10, even and skewed, heads that start so end better and
+differ less (`docs/method.md` has the figures).
 
-Letters in shapes: N images, B of them, P pieces, K clusters, D dimensions, M neighbours.
+Letters in shapes: N images, P pieces, K clusters, D dimensions.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from models import space
 from models.features import cores
@@ -24,7 +20,6 @@ PIECES = 5  # a cluster, on average
 IMAGES_PER_PIECE = 8  # at least, on average
 MOST_PIECES = 2048  # every merge looks at all pairs
 ROUNDS = 25  # pieces need not have settled
-OWN = 0.3  # what stays of an image's own vector in a round of smoothing
 
 
 def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
@@ -40,18 +35,6 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
     weight_KP = (np.eye(clusters)[group_P].T * size_P).astype(np.float32)
     merged_KD: np.ndarray = weight_KP @ centre_PD / weight_KP.sum(axis=1, keepdims=True)
     return merged_KD
-
-
-def smoothed(x_ND: Tensor, neighbours_NM: Tensor, *, rounds: int) -> Tensor:
-    """Unit vectors, each drawn towards the mean of its neighbours' some times over; shape (N, D).
-
-    The neighbours stay those of the beginning. Blurring mean shift (Cheng, PAMI 1995) with the nearest images in place
-    of a kernel's width.
-    """
-    for _ in range(rounds):
-        around_ND = torch.cat([x_ND[some_BM].mean(dim=1) for some_BM in torch.split(neighbours_NM, space.GATHERED)])
-        x_ND = normalize(OWN * x_ND + (1 - OWN) * around_ND, dim=1)
-    return x_ND
 
 
 def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int]) -> np.ndarray:

@@ -49,7 +49,6 @@ def test_the_same_seed_gives_the_same_bits(mist):
         HeadConfig(contrast="instance"),
         HeadConfig(trust=False),
         HeadConfig(balance=0.5),
-        HeadConfig(smoothing=0),
         HeadConfig(rule="similarity"),
         HeadConfig(rule="boundary"),
     ],
@@ -58,11 +57,6 @@ def test_every_switch_trains(blobs, config):
     features_NF, class_N = blobs
     _, fit = train(features_NF, config=config)
     assert adjusted_rand_score(class_N, fit.assignment.labels_N) > 0.9
-
-
-def test_less_than_no_smoothing_is_refused():
-    with pytest.raises(ValueError, match="smoothing is -1; it must be at least 0"):
-        HeadConfig(smoothing=-1)
 
 
 def test_a_large_collection_is_sampled_in_every_epoch(blobs):
@@ -209,16 +203,3 @@ def test_starts_are_as_many_as_asked_and_means_of_their_groups():
     assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0))
     np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0)[0], x_ND.mean(axis=0), atol=1e-5)
     assert starts.centres(x_ND[:3], 3, seed=0).shape == (3, 5)
-
-
-def test_smoothing_draws_images_to_their_neighbours_and_groups_apart(mist):
-    x_ND = space.fit(mist, dimensions=12).project(mist)
-    neighbours_NM = torch.from_numpy(space.nearest(x_ND.numpy(), 9))
-    once_ND = starts.smoothed(x_ND, neighbours_NM, rounds=1)
-    by_hand_D = 0.3 * x_ND[7] + 0.7 * x_ND[neighbours_NM[7]].mean(dim=0)
-    torch.testing.assert_close(once_ND[7], by_hand_D / by_hand_D.norm())
-    gaps = []
-    for rounds in (0, 1, 4):
-        smooth_ND = starts.smoothed(x_ND, neighbours_NM, rounds=rounds)
-        gaps.append(float((smooth_ND - smooth_ND[neighbours_NM[:, 0]]).norm(dim=1).mean()))
-    assert gaps[0] > gaps[1] > gaps[2]
