@@ -47,16 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choices", description=__doc__)
     parser.add_argument("--data", type=Selection.parse, required=True, metavar="ZIP", help="CIFAR-10, a folder a class")
     parser.add_argument("--photos", type=Selection.parse, nargs="*", default=[], metavar="ZIP")
-    parser.add_argument("--only", nargs="*", default=list(CHOICES), choices=list(CHOICES), metavar="CHOICE")
+    parser.add_argument(
+        "--only", nargs="+", default=list(CHOICES), choices=list(CHOICES), metavar="CHOICE", help="default all"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     draws = [*small_pictures(options.data), *((photos.name, *features(photos)) for photos in options.photos)]
     print(f"{'choice':<24} {'draws':<16} {'ACC':>6} {'NMI':>6} {'ARI':>6} {'sd':>6}  ACC of each")
     for name in options.only:
+        choice = CHOICES[name]
         for kind in dict.fromkeys(kind for kind, _, _ in draws):
-            own = [
-                group(features_NF, truth, CHOICES[name]) for drawn_as, features_NF, truth in draws if drawn_as == kind
-            ]
+            own = [group(features_NF, truth, choice) for drawn_as, features_NF, truth in draws if drawn_as == kind]
             found_DS3 = np.array(own)
             means = " ".join(f"{value:>6.3f}" for value in found_DS3.mean(axis=(0, 1)))
             deviation = found_DS3[:, :, 0].std(axis=1, ddof=1).mean()
