@@ -32,9 +32,6 @@ class Choice(Variant):
 
 CHOICES = {
     "as it is": Choice(),
-    "nothing merged": Choice(config=HeadConfig(pieces=1)),
-    "2 pieces": Choice(config=HeadConfig(pieces=2)),
-    "4 pieces": Choice(config=HeadConfig(pieces=4)),
     "contrast 0.5": Choice(config=HeadConfig(contrast_weight=0.5)),
     "no contrast": Choice(config=HeadConfig(contrast="none")),
     "balance 0.2": Choice(config=HeadConfig(balance=0.2)),

@@ -1,17 +1,15 @@
 """SCL on frozen features: projections, boundaries and memory of several restarts, trained side by side in seconds.
 
-Half of the training is on more clusters than are wanted. Then they are merged, and a part of the restarts is left
-behind: `docs/decisions/0013-pieces-are-trained-before-they-are-merged.md` and
-`0010-a-third-of-the-restarts-answers.md` say why.
+Of many restarts a part is left behind half-way: `docs/decisions/0010-a-third-of-the-restarts-answers.md` says why.
 
 The terms are those of `models.scl`. An image's other view is one of its neighbours in the space of the features.
 
-Letters in shapes: N images, S of them that the heads train on, B batch, K clusters (or the pieces that they are merged
-from), D dimensions, M neighbours, R restarts.
+Letters in shapes: N images, S of them that the heads train on, B batch, K clusters, D dimensions, M neighbours,
+R restarts.
 """
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +51,6 @@ class HeadConfig(SclConfig):
     """Settings on frozen features; the defaults were chosen by `benchmarks.choices`."""
 
     dimensions: int = 96
-    pieces: int = 3  # that a cluster is merged from, on average; 1 merges nothing
     whitening: float = 0.1  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
@@ -62,7 +59,7 @@ class HeadConfig(SclConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "dimensions", "pieces", "batch", "epoch_images", "sample", "learning_rate")
+        check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
 
     def drawn(self, images: int, clusters: int) -> int:
         """Images that an epoch looks at."""
@@ -81,9 +78,9 @@ def train(
 ) -> Generator[Step, None, Fit]:
     """Train `restarts` heads from different starts on frozen features; the best third of them together give the answer.
 
-    After half of the epochs every restart's pieces are merged into clusters; then the best are chosen, without labels,
-    and the others are trained no further. Nothing is quadratic in N: heads train on a sample where there are very many
-    images, and an image outside of it is assigned by the boundaries and by its neighbours inside.
+    They are chosen after half of the epochs, without labels, and the others are trained no further. Nothing is
+    quadratic in N: heads train on a sample where there are very many images, and an image outside of it is assigned by
+    the boundaries and by its neighbours inside.
     """
     config = config or HeadConfig()
     axes = space.fit(features_NF, dimensions=config.dimensions, whitening=config.whitening)
@@ -92,11 +89,12 @@ def train(
     z_SD = z_ND[sample_S]
     wanted = space.neighbour_count(len(z_SD), clusters, wanted=config.neighbours)
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted)).to(device)
-    pieces = starts.piece_count(len(z_SD), clusters, each=config.pieces)
-    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(pieces, z_SD.shape[1])))
-    every = range(restarts)
-    parts = [every[first : first + at_once] for first in every[::at_once]]
-    groups = [Heads(z_SD, neighbours_SM, clusters=clusters, numbers=part, seed=seed, config=config) for part in parts]
+    seeds = [seed_of(seed, restart) for restart in range(restarts)]
+    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))
+    groups = [
+        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds[first : first + at_once], config=config)
+        for first in range(0, restarts, at_once)
+    ]
     half, stay = epochs // 2, staying(restarts)
     done, total = 0, restarts * half + stay * (epochs - half)
     for begin, end in ((0, half), (half, epochs)):
@@ -105,8 +103,6 @@ def train(
                 details = heads.epoch(epoch / epochs, (epoch + 1) / epochs)
                 done += len(heads)
                 yield Step(done=done, total=total, details=details)
-            if end == half:
-                heads.merge()
             heads.forget()
         if end == half and stay < restarts:
             groups = keep_best(groups, stay)
@@ -149,17 +145,7 @@ def train(
 
 
 class Heads:
-    """Projections, decision boundaries and memories of some restarts, which are trained side by side.
-
-    Args:
-        z_SD: the images to train on, in the space of the features.
-        neighbours_SM: of each of them, in the same space.
-        clusters: wanted; up to `merge` there are more.
-        numbers: of the restarts, among all.
-        seed: of the whole training.
-        config: settings.
-
-    """
+    """Projections, decision boundaries and memories of some restarts, which are trained side by side."""
 
     def __init__(
         self,
@@ -167,18 +153,15 @@ class Heads:
         neighbours_SM: Tensor,
         *,
         clusters: int,
-        numbers: Sequence[int],
-        seed: int,
+        seeds: list[int],
         config: HeadConfig,
     ) -> None:
-        self.z_SD, self.neighbours_SM, self.clusters, self.config = z_SD, neighbours_SM, clusters, config
-        self.numbers, seeds = numbers, [seed_of(seed, number) for number in numbers]
+        self.z_SD, self.neighbours_SM, self.config = z_SD, neighbours_SM, config
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        host_SD, count = z_SD.cpu().numpy(), starts.piece_count(len(z_SD), clusters, each=config.pieces)
-        found_RKD = starts.side_by_side(lambda own: starts.pieces(host_SD, count, seed=own)[0], seeds)
+        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds)
         self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
         self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
         self.refresh()
@@ -215,8 +198,8 @@ class Heads:
 
     def epoch(self, begin: float, end: float) -> dict[str, float]:
         """One pass over a part of the sample; `begin` and `end` are shares of the whole training."""
-        n, config = len(self.z_SD), self.config
-        drawn = config.drawn(n, self.clusters)
+        n, clusters, config = len(self.z_SD), self.centres_RKD.shape[1], self.config
+        drawn = config.drawn(n, clusters)
         x_RSD = self.refresh()  # images that were not drawn must not keep the memory of an older head
         order = [torch.randperm(n, generator=generator)[:drawn].to(self.z_SD.device) for generator in self.generators]
         weights = [self.neighbour_weights(x_SD, rows_B) for x_SD, rows_B in zip(x_RSD, order, strict=True)]
@@ -298,50 +281,19 @@ class Heads:
         self.forget()
         return Judged(scores=scores, labels_RB=np.stack(labels))
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Merge every restart's clusters until the wanted number is left: each even one's by average linkage of their
-        means, each odd one's by Ward's criterion. Neither is better everywhere, and the choice among restarts can tell.
-        """
-        if self.centres_RKD.shape[1] == self.clusters:
-            return
-        x_RSD = self.refresh()
-        merged = []
-        for number, x_SD, q_SK in zip(self.numbers, x_RSD, self.memory_RSK, strict=True):
-            size_K = q_SK.sum(dim=0)
-            sum_KD = q_SK.T @ x_SD
-            if number % 2 == 0:
-                group_K = starts.average(normalize(sum_KD, dim=1).cpu().numpy(), self.clusters)
-            else:
-                mean_KD = sum_KD / size_K.clamp_min(1e-6).unsqueeze(1)
-                group_K = starts.ward(mean_KD.cpu().numpy(), size_K.cpu().numpy(), self.clusters)
-            merged_KD = torch.zeros(self.clusters, x_SD.shape[1], device=x_SD.device)
-            merged.append(merged_KD.index_add_(0, torch.from_numpy(group_K).long().to(x_SD.device), sum_KD))
-        self.replace(self.projection_RDD.detach(), normalize(torch.stack(merged), dim=2), list(range(len(self))))
-        self.refresh()
-        self.mean_RK = self.memory_RSK.mean(dim=1)
-
     def keep(self, chosen: list[int]) -> None:
         """Go on with these restarts alone, in this order."""
-        self.replace(self.projection_RDD.detach()[chosen], self.centres_RKD.detach()[chosen], chosen)
-        self.mean_RK = self.mean_RK[chosen]
-        self.generators = [self.generators[number] for number in chosen]
-        self.each_R1 = self.each_R1[: len(chosen)]
-        self.numbers = [self.numbers[number] for number in chosen]
-
-    def replace(self, projection_RDD: Tensor, centres_RKD: Tensor, chosen: list[int]) -> None:
-        """Train these instead; of the chosen restarts the optimiser remembers what still has a shape of before."""
-        old, new = (self.projection_RDD, self.centres_RKD), (projection_RDD, centres_RKD)
-        self.projection_RDD, self.centres_RKD = (values.requires_grad_() for values in new)
+        old = (self.projection_RDD, self.centres_RKD)
+        self.projection_RDD, self.centres_RKD = (values.detach()[chosen].requires_grad_() for values in old)
         optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=self.config.learning_rate)
         for before, now in zip(old, (self.projection_RDD, self.centres_RKD), strict=True):
-            if before.shape[1:] != now.shape[1:]:
-                continue
             state = self.optimizer.state.get(before, {})
             optimizer.state[now] = {
                 name: value[chosen] if value.shape == before.shape else value for name, value in state.items()
             }
-        self.optimizer = optimizer
+        self.optimizer, self.mean_RK = optimizer, self.mean_RK[chosen]
+        self.generators = [self.generators[number] for number in chosen]
+        self.each_R1 = self.each_R1[: len(chosen)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +306,7 @@ class Judged:
 
 def keep_best(groups: list[Heads], stay: int) -> list[Heads]:
     """Keep the restarts with the largest sums of `SCORE_WEIGHT` times the score and mean likeness to the others."""
-    images, clusters = len(groups[0].z_SD), groups[0].clusters
+    images, clusters = len(groups[0].z_SD), groups[0].centres_RKD.shape[1]
     stride = max(1, images // max(JUDGED, 16 * clusters))
     rows_B = torch.arange(0, images, stride, device=groups[0].z_SD.device)
     judged = [heads.judge(rows_B) for heads in groups]

@@ -49,7 +49,6 @@ def test_the_same_seed_gives_the_same_bits(mist):
         HeadConfig(contrast="instance"),
         HeadConfig(trust=False),
         HeadConfig(balance=0.5),
-        HeadConfig(pieces=1),
         HeadConfig(rule="similarity"),
         HeadConfig(rule="boundary"),
     ],
@@ -102,12 +101,7 @@ def test_a_restart_that_went_wrong_is_left_behind(blobs, at_once):
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
     groups = [
         heads.Heads(
-            z_SD,
-            neighbours_SM,
-            clusters=6,
-            numbers=range(first, first + at_once),
-            seed=0,
-            config=HeadConfig(dimensions=12, pieces=1),
+            z_SD, neighbours_SM, clusters=6, seeds=list(range(first, first + at_once)), config=HeadConfig(dimensions=12)
         )
         for first in range(0, 6, at_once)
     ]
@@ -196,55 +190,16 @@ def test_pieces_are_merged_as_ward_merges_their_images():
     # Every piece is a number of equal points: Ward's tree of all points must agree, found by scikit-learn.
     rng = np.random.default_rng(0)
     centre_PD, size_P = rng.normal(size=(12, 3)), rng.integers(1, 9, 12)
-    group_P = starts.ward(centre_PD, size_P, 4)
+    group_P = starts.merge(centre_PD, size_P, 4)
     ward = AgglomerativeClustering(4, linkage="ward").fit_predict(np.repeat(centre_PD, size_P, axis=0))
     assert adjusted_rand_score(ward, np.repeat(group_P, size_P)) == 1
 
 
-def test_average_linkage_cuts_as_many_groups_as_asked_even_of_equal_pieces():
-    centre_PD = np.random.default_rng(0).normal(size=(12, 3))
-    found = AgglomerativeClustering(4, linkage="average").fit_predict(centre_PD)
-    assert adjusted_rand_score(found, starts.average(centre_PD, 4)) == 1
-    assert set(starts.average(np.ones((12, 3)), 4)) == {0, 1, 2, 3}
-
-
 def test_starts_are_as_many_as_asked_and_means_of_their_groups():
     x_ND = normalize(np.random.default_rng(0).normal(size=(400, 5))).astype(np.float32)
-    found_KD = starts.centres(x_ND, 7, seed=0, each=5)
+    found_KD = starts.centres(x_ND, 7, seed=0)
     assert found_KD.shape == (7, 5)
     assert found_KD.dtype == np.float32
-    assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0, each=5))
-    np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0, each=5)[0], x_ND.mean(axis=0), atol=1e-5)
-    assert starts.centres(x_ND[:3], 3, seed=0, each=5).shape == (3, 5)
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_pieces_of_a_group_are_merged_into_one_cluster(blobs, number):
-    # Six groups, one of them large, in more pieces: each way to merge must leave one cluster for every group.
-    features_NF, class_N = blobs
-    rows = np.concatenate([np.flatnonzero(class_N == k)[: 40 if k == 0 else 10] for k in np.unique(class_N)])
-    z_SD = space.fit(features_NF[rows], dimensions=12).project(features_NF[rows])
-    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
-    config = HeadConfig(dimensions=12)
-    own = heads.Heads(z_SD, neighbours_SM, clusters=6, numbers=[number], seed=0, config=config)
-    assert own.centres_RKD.shape[1] == starts.piece_count(len(rows), 6, each=3) > 6
-    own.epoch(0, 0.25)
-    own.merge()
-    assert own.centres_RKD.shape[1] == 6
-    assert own.mean_RK.shape == (1, 6)
-    labels_S = own.judge(torch.arange(len(rows))).labels_RB[0]
-    assert adjusted_rand_score(class_N[rows], labels_S) == 1
-    own.epoch(0.25, 0.5)  # the optimiser goes on
-
-
-def test_merging_leaves_the_projections_to_their_optimiser(mist):
-    z_SD = space.fit(mist, dimensions=12).project(mist)
-    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
-    own = heads.Heads(z_SD, neighbours_SM, clusters=6, numbers=[0, 1], seed=0, config=HeadConfig(dimensions=12))
-    own.epoch(0, 0.25)
-    projection_RDD = own.projection_RDD.detach().clone()
-    moment_RDD = own.optimizer.state[own.projection_RDD]["exp_avg"].clone()
-    own.merge()
-    assert torch.equal(own.projection_RDD.detach(), projection_RDD)
-    assert torch.equal(own.optimizer.state[own.projection_RDD]["exp_avg"], moment_RDD)
-    assert own.centres_RKD not in own.optimizer.state
+    assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0))
+    np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0)[0], x_ND.mean(axis=0), atol=1e-5)
+    assert starts.centres(x_ND[:3], 3, seed=0).shape == (3, 5)
