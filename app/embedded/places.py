@@ -16,6 +16,7 @@ _SOCKET_PATH_BYTES = 107  # sockaddr_un, less the closing zero
 
 
 def wheel(package: str) -> Path:
+    """Where an installed wheel lies; `StartError` names what to install if it does not."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise StartError(
@@ -32,6 +33,7 @@ def mark_of(data_dir: Path) -> str:
 
 
 def run_folders(data_dir: Path) -> tuple[Path, Path]:
+    """Where the sockets may be, the better place first."""
     return data_dir / "run", Path(tempfile.gettempdir()) / f"{mark_of(data_dir)}-{os.geteuid()}"
 
 

@@ -140,6 +140,7 @@ def _create(cluster: Path, initdb: Path, identity: Identity | None, user: pwd.st
 
 
 def _sync(path: Path) -> None:
+    """A folder or a file. Another user owns what is in the cluster, so no link is followed."""
     opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fsync(opened)

@@ -21,7 +21,7 @@ from app.privileges import identity_of
 from app.processes import StartError, launch_command
 from tests.app.servers import answers, postmaster, socket_of
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root only")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, under whom PostgreSQL runs as another user")
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_wheels_under_a_closed_home_too(tmp_path: Path, *, private: bool):
 
 
 @as_root
-@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux, which takes a right away")
 def test_without_the_right_to_pass_the_closed_folder_is_named(tmp_path: Path):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
