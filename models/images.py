@@ -2,21 +2,18 @@
 
 The whole picture is squashed into the square. The usual alternative, resizing the short side and keeping the
 centre, throws away a quarter of a 3:4 photo, and in an unlabelled collection nothing says that the subject
-stands in the middle. A picture that is enlarged more than twofold is sharpened before
-(`docs/decisions/0014-small-pictures-are-sharpened.md`).
+stands in the middle.
 """
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
 # Part of the feature cache's address: change it whenever the pixels that `decode` returns change.
-PREPROCESSING = "squash-bilinear-2"
+PREPROCESSING = "squash-bilinear-1"
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # multi-picture JPEGs open as JPEG
-
-SHARPEN = ImageFilter.UnsharpMask(radius=1, percent=60, threshold=0)
 
 # Pillow registers its formats when it first meets one it does not know: here, before several threads do.
 Image.init()
@@ -36,10 +33,8 @@ def decode(path: Path, size: int) -> np.ndarray:
         # JPEG decoders scale by 1/2, 1/4 or 1/8 almost for free; never below the size asked for.
         image.draft("RGB", (size, size))
         upright = ImageOps.exif_transpose(image)
-        picture = to_rgb(upright)
-    if 2 * max(picture.size) < size:
-        picture = picture.filter(SHARPEN)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        pixels = to_rgb(upright).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
