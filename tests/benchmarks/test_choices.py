@@ -19,6 +19,13 @@ def test_a_choice_is_scored_with_every_seed(groups):
     assert choices.group(features_NF, truth, choices.CHOICES["as it is"]) == [[1.0, 1.0, 1.0]] * choices.SEEDS
 
 
+@pytest.mark.parametrize("name", ["k-means", "SCAN"])
+def test_a_baseline_is_scored_on_the_same_features(groups, name, monkeypatch):
+    features_NF, truth = groups
+    monkeypatch.setattr(heads, "train", None)  # it is not SCL that answers
+    assert choices.group(features_NF, truth, choices.CHOICES[name]) == [[1.0, 1.0, 1.0]] * choices.SEEDS
+
+
 def test_all_restarts_answer_only_where_the_choice_says_so(groups, monkeypatch):
     features_NF, truth = groups
     asked = []
