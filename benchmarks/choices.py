@@ -28,7 +28,6 @@ from models.train import Config, fit_head
 EVEN, SKEWED, LARGE = 4, 3, 3
 KINDS = ("even", "skewed", "large")
 SEEDS = 2
-NAMES = ("acc", "nmi", "ari")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def group(features_NF: np.ndarray, truth: list[str], choice: Choice) -> list[lis
     else:
         with patch.object(heads, "staying", (lambda restarts: restarts) if choice.all_answer else heads.staying):
             found = [score(features_NF, truth, choice, seed) for seed in range(SEEDS)]
-    return [[each[name] for name in NAMES] for each in found]
+    return [[each[name] for name in ("acc", "nmi", "ari")] for each in found]
 
 
 def baseline(features_NF: np.ndarray, truth: list[str], method: str, seed: int) -> dict[str, float]:
