@@ -27,20 +27,24 @@ demo: $(VENV)/.installed
 up: $(VENV)/.installed
 	@$(BIN)/kindred up
 
-# One stack for the tests that share one (`xdist_group`), the rest on whichever process is free.
+# One stack for the tests that share one (`xdist_group`), the rest on whichever process is free. Both have threads of
+# their own: those that wait for each other leave the core to the other process.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+IN_TWO := -n 2 --dist loadgroup
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) $(IN_TWO)
 
 # What `make test` does a few times, as often as docs/faults.md says.
 test-faults: $(VENV)/.installed-dev
-	KINDRED_FAULTS=full $(BIN)/python -m pytest tests/faults --timeout=1800
+	KINDRED_FAULTS=full $(PYTEST) tests/faults --timeout=1800
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) $(IN_TWO) -m "not slow"
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -52,6 +52,7 @@ def small_archive(folder, images):
     return path
 
 
+@pytest.mark.slow
 def test_quality_prints_a_row_for_every_method(tmp_path, capsys):
     archive = small_archive(tmp_path, 24)
     quality.main(["--data", str(archive), "--methods", "scl", "kmeans", "--seeds", "2"])
@@ -61,6 +62,7 @@ def test_quality_prints_a_row_for_every_method(tmp_path, capsys):
     assert lines[3].split()[1:4] == ["1.000", "±", "0.000"]  # stripes and noise are easy
 
 
+@pytest.mark.slow
 def test_full_compares_methods_at_an_equal_budget(tmp_path, capsys):
     archive = small_archive(tmp_path, 24)
     record, figure = tmp_path / "record.jsonl", tmp_path / "curve.png"

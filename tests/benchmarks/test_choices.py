@@ -19,7 +19,7 @@ def test_a_choice_is_scored_with_every_seed(groups):
     assert choices.group(features_NF, truth, choices.CHOICES["as it is"]) == [[1.0, 1.0, 1.0]] * choices.SEEDS
 
 
-@pytest.mark.parametrize("name", ["k-means", "SCAN"])
+@pytest.mark.parametrize("name", ["k-means", pytest.param("SCAN", marks=pytest.mark.slow)])
 def test_a_baseline_is_scored_on_the_same_features(groups, name, monkeypatch):
     features_NF, truth = groups
     monkeypatch.setattr(heads, "train", None)  # it is not SCL that answers

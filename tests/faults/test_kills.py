@@ -1,6 +1,5 @@
 """`kill -9` of worker and trainer at random moments: one result, that of the undisturbed run."""
 
-import json
 import os
 import random
 import signal
@@ -10,8 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-from safetensors import safe_open
 
+from tests import checkpoints
 from tests.faults.conftest import FULL, only_in_full
 from tests.faults.stack import QUICK, REAL, Process, Stack, is_past
 from tests.faults.table import Seen
@@ -30,13 +29,7 @@ KILLS = {"head": 20, "full": 20} if FULL else {"head": 2, "full": 4}
 
 
 def steps_done(stack: Stack, run_id: str) -> int:
-    """What the run's checkpoint says; 0 without one."""
-    for name in ("checkpoint.safetensors", "checkpoint-previous.safetensors"):
-        path = stack.folder(run_id) / "checkpoint" / name
-        if path.exists():
-            with safe_open(path, framework="np") as file:
-                return int(json.loads(file.metadata()["about"])["position"]["done"])
-    return 0
+    return checkpoints.steps_done(stack.folder(run_id) / "checkpoint")
 
 
 def lost_work_s(stack: Stack, run_id: str, trainer: psutil.Process) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from models import checkpoint, full
 from models.checkpoint import Checkpoint, Damaged, OtherRun
 from models.full import FullConfig
+from tests.checkpoints import steps_done
 from tests.models.full_run import SETTINGS, pictures
 
 RUN = {"seed": 1, "engine": {"batch": 16}, "weights": None}
@@ -207,12 +208,12 @@ def test_a_killed_process_goes_on_and_a_told_one_leaves(tmp_path):
     kept = ("--checkpoint", str(tmp_path / "kept"), "--slow")
     for sent, status, least in ((signal.SIGKILL, -signal.SIGKILL, 2), (signal.SIGTERM, 75, 4)):
         process = start(tmp_path / "disturbed", *kept)
-        while position(tmp_path / "kept") < least:
+        while steps_done(tmp_path / "kept") < least:
             assert process.poll() is None
             time.sleep(0.02)
         os.kill(process.pid, sent)
         assert process.wait(30) == status
-        assert 0 < position(tmp_path / "kept") < 9
+        assert 0 < steps_done(tmp_path / "kept") < 9
     assert start(tmp_path / "disturbed", *kept).wait() == 0
     losses = [json.loads((tmp_path / name / "losses-0.json").read_text()) for name in ("undisturbed", "disturbed")]
     assert 0 < len(losses[1]) < len(losses[0]) == 9
@@ -221,12 +222,3 @@ def test_a_killed_process_goes_on_and_a_told_one_leaves(tmp_path):
     assert ends[0].files == ends[1].files
     for name in ends[0].files:
         assert np.array_equal(ends[0][name], ends[1][name]), name
-
-
-def position(folder):
-    for name in (checkpoint.NEWEST, checkpoint.PREVIOUS):
-        try:
-            return checkpoint.read(folder / name).position["done"]
-        except (FileNotFoundError, Damaged):
-            continue
-    return 0

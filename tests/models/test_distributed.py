@@ -12,9 +12,11 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from models import distributed
-from tests.models.test_checkpoint import position
+from tests.checkpoints import steps_done
 
 SCRIPT = "tests.models.full_run"
+# On one process, so that the trainings that they compare are run once.
+TOGETHER = pytest.mark.xdist_group("doubles")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", SCRIPT)
 
 
@@ -72,6 +74,7 @@ def doubles(tmp_path_factory):
 
 
 @pytest.mark.slow
+@TOGETHER
 def test_two_processes_compute_what_one_does(doubles):
     # Sums in another order: float64 hides all of it but the last digits, after nine steps too.
     one, two = doubles
@@ -84,6 +87,7 @@ def test_two_processes_compute_what_one_does(doubles):
 
 
 @pytest.mark.slow
+@TOGETHER
 def test_both_processes_see_the_same_loss(doubles):
     assert losses(doubles[1], 0) == losses(doubles[1], 1)
 
@@ -99,15 +103,16 @@ def test_in_float32_the_first_losses_agree_and_the_rest_stay_close(tmp_path):
 
 
 @pytest.mark.slow
+@TOGETHER
 def test_told_to_stop_both_processes_leave_one_checkpoint_and_go_on_from_it(doubles, tmp_path):
     kept = ("--double", "--checkpoint", str(tmp_path / "kept"))
     process = start(tmp_path / "out", *kept, "--slow")
-    while position(tmp_path / "kept") < 2:
+    while steps_done(tmp_path / "kept") < 2:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on to all
     assert process.wait(60) != 0
-    assert 2 <= position(tmp_path / "kept") < 9
+    assert 2 <= steps_done(tmp_path / "kept") < 9
     assert start(tmp_path / "out", *kept).wait(240) == 0
     rest = losses(tmp_path / "out")
     assert 0 < len(rest) < 9

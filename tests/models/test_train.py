@@ -122,6 +122,7 @@ def test_many_copies_of_a_few_images(sources, cache, method):
     assert all(len(set(labels_N[start::3])) == 1 for start in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["scl", "simclr", "cc", "pica"])
 def test_a_backbone_trains_too(sources, tmp_path, method):
     settings = {"train": "full", "backbone": "resnet10_slim", "weights": "random", "image_size": 32}

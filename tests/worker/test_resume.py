@@ -1,6 +1,5 @@
 """Training of a whole network under supervision: it stops with a checkpoint and goes on from there."""
 
-import json
 import os
 import signal
 import threading
@@ -9,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
 from app import storage
 from app.config import settings
 from app.db.session import open_session
 from app.services import results, runs
+from tests import checkpoints
 from tests.waiting import wait_for
 from tests.worker.test_supervise import collection_of, in_background, new_run, read, trainers
 from worker.supervise import supervise
@@ -43,12 +42,7 @@ def wait_until_it_trains(run_id: uuid.UUID) -> None:
 
 
 def steps_done(run_id: uuid.UUID) -> int:
-    """What the run's checkpoint says; 0 without one."""
-    path = storage.run(run_id) / "checkpoint" / "checkpoint.safetensors"
-    if not path.exists():
-        return 0
-    with safe_open(path, framework="np") as file:
-        return int(json.loads(file.metadata()["about"])["position"]["done"])
+    return checkpoints.steps_done(storage.run(run_id) / "checkpoint")
 
 
 def labels(run_id: uuid.UUID) -> bytes:
