@@ -48,21 +48,44 @@ def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> 
     """
     n, size = features_NF.shape
     total_F = torch.zeros(size, dtype=torch.float64)
-    moment_FF = torch.zeros(size, size)
     for x_BF in unit_blocks(features_NF):
         total_F += x_BF.double().sum(dim=0)
     mean_F = (total_F / n).float()
-    for x_BF in unit_blocks(features_NF):
-        moment_FF += (x_BF - mean_F).T @ (x_BF - mean_F)
     most = max(1, min(dimensions, n - 1, size))
-    # In double precision, and only the axes that are kept: torch's eigh gives up on few or equal images.
-    # Threads of BLAS wait for each other by spinning: on two busy cores two of them took 12 s, one takes 0.2 s.
-    with threadpool_limits(1, user_api="blas"):
-        variance_D, axes_FD = eigh(moment_FF.double().numpy() / n, subset_by_index=[size - most, size - 1])
+    variance_D, axes_FD = (axes_of_few if n < size else axes_of_many)(features_NF, mean_F, most)
     kept = max(1, int((variance_D > variance_D[-1] * 1e-6).sum()))
     main_FD = torch.from_numpy(axes_FD[:, most - kept :].copy()).float().flip(1)  # largest variance first
     scale_D = torch.from_numpy(variance_D[most - kept :].clip(min=1e-12).copy()).float().flip(0).pow(-whitening / 2)
     return Space(mean_F=mean_F, axes_FD=(main_FD * scale_D).contiguous())
+
+
+def axes_of_many(features_NF: np.ndarray, mean_F: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Variances (D,), the smallest first, and main directions (F, D) from the products of features."""
+    n, size = features_NF.shape
+    moment_FF = torch.zeros(size, size)
+    for x_BF in unit_blocks(features_NF):
+        moment_FF += (x_BF - mean_F).T @ (x_BF - mean_F)
+    return largest(moment_FF.double().numpy() / n, count)
+
+
+def axes_of_few(features_NF: np.ndarray, mean_F: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the products of images, where those are fewer."""
+    n = len(features_NF)
+    x_NF = torch.cat([x_BF - mean_F for x_BF in unit_blocks(features_NF)]).double().numpy()
+    variance_D, image_ND = largest(x_NF @ x_NF.T / n, count)
+    return variance_D, x_NF.T @ image_ND / np.sqrt(n * variance_D.clip(min=1e-12))
+
+
+def largest(matrix: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """So many of the largest eigenvalues, the smallest first, and their vectors as columns.
+
+    In double precision, and only those that are kept: torch's eigh gives up on few or equal images. Threads of BLAS
+    wait for each other by spinning: on two busy cores two of them took 12 s, one takes 0.2 s.
+    """
+    size = len(matrix)
+    with threadpool_limits(1, user_api="blas"):
+        values, vectors = eigh(matrix, subset_by_index=[size - count, size - 1])
+    return values, vectors
 
 
 def blocks(images: int, size: int) -> list[slice]:

@@ -12,16 +12,19 @@ def random_features(n=300, size=40):
     return np.random.default_rng(0).normal(size=(n, size)).astype(np.float32) + 1
 
 
-def test_the_space_is_that_of_scikit_learns_pca():
-    features_NF = random_features()
+# More images than features, and fewer: the axes come from the products of the fewer.
+@pytest.mark.parametrize("images", [300, 30])
+def test_the_space_is_that_of_scikit_learns_pca(images):
+    features_NF = random_features(images)
     ours = space.fit(features_NF, dimensions=5).project(features_NF).numpy()
     theirs = normalize(PCA(5, svd_solver="full").fit_transform(normalize(features_NF)))
     np.testing.assert_allclose(np.abs((ours * theirs).sum(axis=0)), (theirs**2).sum(axis=0), rtol=1e-3)
     np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
 
 
-def test_whitened_axes_are_those_of_scikit_learns_whitening():
-    features_NF = random_features()
+@pytest.mark.parametrize("images", [300, 30])
+def test_whitened_axes_are_those_of_scikit_learns_whitening(images):
+    features_NF = random_features(images)
     ours = space.fit(features_NF, dimensions=5, whitening=1.0).project(features_NF).numpy()
     theirs = normalize(PCA(5, svd_solver="full", whiten=True).fit_transform(normalize(features_NF)))
     np.testing.assert_allclose(ours @ ours.T, theirs @ theirs.T, atol=1e-3)
