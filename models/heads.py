@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
 from models import space, starts
+from models.adam import Adam
 from models.committee import Committee
 from models.fit import Fit, agreement, likeness, seed_of
 from models.progress import Step
@@ -163,13 +164,17 @@ class Heads:
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
         found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds)
         self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
-        self.optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=config.learning_rate)
+        self.adam = Adam(self.parameters)
         self.refresh()
         self.mean_RK = self.memory_RSK.mean(dim=1)
         self.forget()
 
     def __len__(self) -> int:
         return len(self.generators)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.projection_RDD, self.centres_RKD]
 
     def embed(self, z_BD: Tensor) -> Tensor:
         return normalize(z_BD @ self.projection_RDD, dim=-1)
@@ -210,12 +215,12 @@ class Heads:
         sums: dict[str, float] = {}
         for number, (rows_RB, weights_RBM) in enumerate(batches):
             through = begin + (end - begin) * number / steps
-            self.optimizer.param_groups[0]["lr"] = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
-            for name, value in self.step(rows_RB, weights_RBM).items():
+            rate = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
+            for name, value in self.step(rows_RB, weights_RBM, rate).items():
                 sums[name] = sums.get(name, 0.0) + value / steps
         return sums
 
-    def step(self, rows_RB: Tensor, weights_RBM: Tensor) -> dict[str, float]:
+    def step(self, rows_RB: Tensor, weights_RBM: Tensor, learning_rate: float) -> dict[str, float]:
         """One optimisation step on these images, each with a random neighbour as its other view."""
         config, pick = self.config, self.neighbours_SM.shape[1]
         b = rows_RB.shape[1]
@@ -245,9 +250,8 @@ class Heads:
             own_B = torch.arange(b, device=x_RBD.device)
             contrasted_R = contrast(x_RBD, view_RBD, own_B, kin_RBB, temperature=config.contrast_temperature)
         loss_R = taught_R + config.contrast_weight * contrasted_R
-        self.optimizer.zero_grad()
-        loss_R.sum().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.optimizer.step()
+        gradients = torch.autograd.grad(loss_R.sum(), self.parameters)
+        self.adam.step(self.parameters, gradients, learning_rate=learning_rate)
 
         with torch.no_grad():
             before_RBK = self.memory_RSK[self.each_R1, rows_RB]
@@ -283,15 +287,11 @@ class Heads:
 
     def keep(self, chosen: list[int]) -> None:
         """Go on with these restarts alone, in this order."""
-        old = (self.projection_RDD, self.centres_RKD)
-        self.projection_RDD, self.centres_RKD = (values.detach()[chosen].requires_grad_() for values in old)
-        optimizer = torch.optim.Adam([self.projection_RDD, self.centres_RKD], lr=self.config.learning_rate)
-        for before, now in zip(old, (self.projection_RDD, self.centres_RKD), strict=True):
-            state = self.optimizer.state.get(before, {})
-            optimizer.state[now] = {
-                name: value[chosen] if value.shape == before.shape else value for name, value in state.items()
-            }
-        self.optimizer, self.mean_RK = optimizer, self.mean_RK[chosen]
+        self.projection_RDD, self.centres_RKD = (
+            values_R.detach()[chosen].requires_grad_() for values_R in self.parameters
+        )
+        self.adam.keep(chosen)
+        self.mean_RK = self.mean_RK[chosen]
         self.generators = [self.generators[number] for number in chosen]
         self.each_R1 = self.each_R1[: len(chosen)]
 

