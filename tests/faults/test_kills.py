@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
+from models.checkpoint import NEWEST
 from tests import checkpoints
 from tests.faults.conftest import FULL, only_in_full
 from tests.faults.stack import QUICK, REAL, Process, Stack, is_past
@@ -32,14 +33,22 @@ def steps_done(stack: Stack, run_id: str) -> int:
     return checkpoints.steps_done(stack.folder(run_id) / "checkpoint")
 
 
-def lost_work_s(stack: Stack, run_id: str, trainer: psutil.Process) -> float | None:
-    """Seconds of training that a kill would cost now; None where this trainer has saved nothing yet, or all of it."""
-    path = stack.folder(run_id) / "checkpoint" / "checkpoint.safetensors"
-    with suppress(FileNotFoundError, psutil.NoSuchProcess):
-        saved = path.stat().st_mtime
-        if saved > trainer.create_time() and steps_done(stack, run_id) < stack.row(run_id)["parameters"]["epochs"]:
-            return time.time() - saved
+def saved_at(stack: Stack, run_id: str) -> float | None:
+    """When the run's newest checkpoint was written, in seconds of the clock."""
+    with suppress(FileNotFoundError):
+        return (stack.folder(run_id) / "checkpoint" / NEWEST).stat().st_mtime
     return None
+
+
+def lost_work_s(stack: Stack, run_id: str, found: float | None) -> float | None:
+    """Seconds of training that a kill would cost now; None where nothing was saved since `found`, or all of it.
+
+    `found` is `saved_at` of when the trainer was new. When it began is no help: psutil knows that to a second only.
+    """
+    saved = saved_at(stack, run_id)
+    if saved in (None, found) or steps_done(stack, run_id) >= stack.row(run_id)["parameters"]["epochs"]:
+        return None
+    return time.time() - saved
 
 
 def is_cleared_up(stack: Stack, run_id: str) -> bool:
@@ -80,13 +89,14 @@ def test_kills_at_random_moments(stack: Stack, collection: str, seen: Seen, trai
                 trainer = trainer_of(stack, worker, run_id, attempt)
                 if trainer is None:
                     break
+                found = saved_at(stack, run_id)
                 moment_s = random.uniform(0.0, lasts_s * 0.9)
                 with_checkpoint = wait_until(moment_s, lambda run_id=run_id: stack.row(run_id)["state"] != "running")
                 row = stack.row(run_id)
                 if not with_checkpoint or row["state"] != "running":
                     break
                 attempt = row["attempt"]
-                age_s = lost_work_s(stack, run_id, trainer)
+                age_s = lost_work_s(stack, run_id, found)
                 if kills % 2:
                     worker.kill()
                     stack.restart(worker)
@@ -136,10 +146,9 @@ def test_a_killed_worker_is_replaced_within_75_s(stack: Stack, collection: str, 
     with stack.workers("train", "train", **REAL) as workers:
         run_id = stack.submit(collection, **WHOLE | {"epochs": 100_00})
         victim = wait_for(lambda: next((worker for worker in workers if worker.trainers()), None))
-        (trainer,) = victim.trainers()
         wait_for(lambda: steps_done(stack, run_id) > 0)
         time.sleep(random.uniform(0.0, 30.0))
-        lost_s, kept = lost_work_s(stack, run_id, trainer), steps_done(stack, run_id)
+        lost_s, kept = lost_work_s(stack, run_id, None), steps_done(stack, run_id)
         victim.kill()
         killed = time.monotonic()
         assert wait_for(lambda: not victim.trainers() and not stack.trainers(), 5)
