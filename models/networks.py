@@ -68,7 +68,7 @@ class SlimResNet(nn.Module):
     """ResNet-10 of half width with a small-image stem: 1.2 million weights, meant for 32 pixels on a CPU."""
 
     def __init__(self) -> None:
-        from torchvision.models.resnet import BasicBlock  # noqa: PLC0415  # see `resnet`
+        from torchvision.models.resnet import BasicBlock  # noqa: PLC0415  # as in `resnet`: seconds of loading
 
         super().__init__()
         layers: list[nn.Module] = [
@@ -144,7 +144,7 @@ def network(name: str, *, weights: str | None, image_size: int) -> Network:
 
 def resnet(name: str, *, small_stem: bool) -> nn.Module:
     """A random network of torchvision without its classifier."""
-    import torchvision  # noqa: PLC0415  # it loads torch's compiler: seconds that only its users pay
+    import torchvision  # noqa: PLC0415  # loads torch's compiler: seconds that only its users pay
 
     body: nn.Module = getattr(torchvision.models, name)(weights=None)
     body.fc = nn.Identity()
@@ -157,7 +157,7 @@ def resnet(name: str, *, small_stem: bool) -> nn.Module:
 
 def timm_network(name: str, *, image_size: int) -> tuple[Network, Sequence[str]]:
     """A random network of timm without its classifier, and the name that this has in weights files."""
-    import timm  # noqa: PLC0415  # as torchvision above
+    import timm  # noqa: PLC0415  # seconds that only its users pay
 
     short = name.removeprefix("timm/")
     settings: dict[str, Any] = {}

@@ -16,8 +16,6 @@ from models.train import Config, InputError, group, save_model
 from tests.models.conftest import finish, sources_of
 
 QUICK = {"image_size": 64, "epochs": 3, "restarts": 2}
-
-
 HEADS = [method for method, ways in METHODS.items() if "head" in ways]
 
 
