@@ -24,6 +24,7 @@ from models import checkpoint, distributed, networks, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import Fit, seed_of
+from models.limits import check_below_one, check_not_negative, check_positive
 from models.objective import Objective, ObjectiveFactory
 from models.progress import Step
 
@@ -51,18 +52,14 @@ class FullConfig:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # of the backbone; auto: what the device does faster
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "pretrained_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_positive(self, "learning_rate", "pretrained_learning_rate")
         for name, choices in (("optimizer", ("adamw", "sgd")), ("precision", ("auto", "bfloat16", "float32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of: {', '.join(choices)}")
         if self.batch is not None and self.batch < 2:
             raise ValueError(f"batch is {self.batch}; it must be at least 2")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; it must be at least 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; it must be at least 0 and below 1")
+        check_not_negative(self, "weight_decay")
+        check_below_one(self, "warmup")
 
 
 def train(pixels_NSSC: np.ndarray, *, restarts: int, seed: int, **settings: Any) -> Generator[Step, None, Fit]:

@@ -21,11 +21,11 @@ from models import space, starts
 from models.adam import Adam
 from models.committee import Committee
 from models.fit import Fit, agreement, likeness, seed_of
+from models.limits import check_not_negative, check_positive
 from models.progress import Step
 from models.scl import (
     SclConfig,
     boundary_logits,
-    check_positive,
     consensus_target,
     consistency,
     contrast,
@@ -61,6 +61,7 @@ class HeadConfig(SclConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
+        check_not_negative(self, "whitening")
 
     def drawn(self, images: int, clusters: int) -> int:
         """Images that an epoch looks at."""

@@ -11,7 +11,7 @@ K clusters, M neighbours; `...` stands for leading dimensions or for none.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.nn.functional import log_softmax, normalize, softmax
 from models import space, starts
 from models.assign import Rule
 from models.fit import Fit
+from models.limits import check_below_one, check_not_negative, check_positive, check_share
 from models.objective import Objective
 from models.progress import finish
 
@@ -44,14 +45,8 @@ class SclConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "neighbours", "boundary_temperature", "similarity_temperature", "contrast_temperature")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and below 1")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be above 0")
+        check_not_negative(self, "contrast_weight")
+        check_below_one(self, "momentum")
 
 
 def boundary_logits(x_BD: Tensor, centres_KD: Tensor, *, temperature: float) -> Tensor:
@@ -129,8 +124,7 @@ class FullConfig(SclConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "dimensions")
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"start is {self.start}; it must be from 0 to 1")
+        check_share(self, "start")
 
 
 class Scl(Objective):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
+from models.limits import check_share
 from models.networks import Colour
 from models.objective import Strength
 
@@ -39,12 +40,7 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "gray", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability is from 0 to 1")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        check_share(self, "flip", "jitter", "gray", "blur", "brightness", "contrast", "saturation")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue is {self.hue}; it must be from 0 to 0.5 of a turn")
         for name, most in (("area", 1.0), ("ratio", math.inf), ("blur_sigma", math.inf)):

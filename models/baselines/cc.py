@@ -22,6 +22,7 @@ from models.baselines.pica import imbalance, with_bias
 from models.baselines.simclr import nt_xent
 from models.baselines.vote import BLOCK, confirm, likeliest
 from models.fit import Fit
+from models.limits import check_positive
 from models.objective import Objective
 
 
@@ -34,9 +35,7 @@ class CcConfig:
     cluster_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("dimensions", "instance_temperature", "cluster_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_positive(self, "dimensions", "instance_temperature", "cluster_temperature")
 
 
 class Cc(Objective):

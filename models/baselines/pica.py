@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy, normalize, softmax
 from models import space
 from models.baselines.vote import confirm, likeliest
 from models.fit import Fit
+from models.limits import check_not_negative
 from models.objective import Objective, Strength
 
 
@@ -34,8 +35,7 @@ class PicaConfig:
     over_clusters: int = 70  # of the auxiliary head, or 3.5 for every cluster if that is more
 
     def __post_init__(self) -> None:
-        if not self.balance_weight >= 0:
-            raise ValueError(f"balance_weight is {self.balance_weight}; it must be at least 0")
+        check_not_negative(self, "balance_weight")
         if self.over_clusters < 2:
             raise ValueError(f"over_clusters is {self.over_clusters}; it must be at least 2")
 

@@ -27,6 +27,7 @@ from models import space
 from models.baselines.pairs import batches, partners
 from models.baselines.vote import BLOCK, confirm, likeliest
 from models.fit import Fit, agreement, seed_of
+from models.limits import check_below_one, check_not_negative, check_positive
 from models.progress import Step
 
 
@@ -47,14 +48,11 @@ class ScanConfig:
     sample: int = 1024  # images on which the heads are compared after an epoch
 
     def __post_init__(self) -> None:
-        for name in ("neighbours", "label_batch", "label_epochs", "batch", "least_steps", "learning_rate", "sample"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.entropy_weight < 0:
-            raise ValueError(f"entropy_weight is {self.entropy_weight}; it must be at least 0")
-        for name in ("threshold", "dropped"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        check_positive(
+            self, "neighbours", "label_batch", "label_epochs", "batch", "least_steps", "learning_rate", "sample"
+        )
+        check_not_negative(self, "entropy_weight")
+        check_below_one(self, "threshold", "dropped")
 
 
 def train(

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from models import space
 from models.baselines import kmeans
 from models.fit import Fit
+from models.limits import check_positive
 from models.objective import Objective
 
 BLOCK = 8192
@@ -30,10 +31,7 @@ class SimclrConfig:
     rounds: int = 300  # of k-means
 
     def __post_init__(self) -> None:
-        if self.dimensions < 1 or self.rounds < 1:
-            raise ValueError(f"dimensions is {self.dimensions}, rounds {self.rounds}; both must be at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        check_positive(self, "dimensions", "temperature", "rounds")
 
 
 class Simclr(Objective):

@@ -28,6 +28,7 @@ from models import space
 from models.baselines.pairs import batches, partners
 from models.baselines.vote import confirm, likeliest
 from models.fit import Fit, agreement, seed_of
+from models.limits import check_below_one, check_positive
 from models.progress import Step
 
 
@@ -51,23 +52,11 @@ class TemiConfig:
     teacher_momentum: float = 0.96  # public: 0.996, the same share of its longer training
 
     def __post_init__(self) -> None:
-        for name in (
-            "neighbours",
-            "temperature",
-            "dimensions",
-            "hidden",
-            "bottleneck",
-            "batch",
-            "least_steps",
-            "learning_rate",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_positive(self, "neighbours", "temperature", "dimensions", "hidden", "bottleneck")
+        check_positive(self, "batch", "least_steps", "learning_rate")
         if not 0.5 < self.beta <= 1:
             raise ValueError(f"beta is {self.beta}; it must be above 0.5 and at most 1")
-        for name in ("mean_momentum", "teacher_momentum", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        check_below_one(self, "mean_momentum", "teacher_momentum", "warmup")
 
 
 def train(
