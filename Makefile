@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # By the environment, so that any character may be in it.
 export IMAGES
+# Some hundred processes of the tests would each compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo                a first run on sample images, then the dashboard"

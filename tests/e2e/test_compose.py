@@ -150,6 +150,7 @@ def installed_with(requirements: list[str]) -> set[str]:
     return {name for name, _ in found}
 
 
+@pytest.mark.slow
 def test_the_image_of_the_api_holds_all_that_its_commands_import():
     """The API and the ingest worker, with every module hidden that is here only for training or development."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from models.adam import Adam
@@ -49,6 +50,7 @@ print([name for name in ("torch._dynamo", "torchvision", "timm") if name in sys.
 """
 
 
+@pytest.mark.slow
 def test_a_head_trains_without_the_compiler_and_networks_that_it_does_not_use():
     found = subprocess.run([sys.executable, "-c", TRAINING], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -133,6 +133,7 @@ def make(tmp_path, *, optimizer="adamw", **options):
     return full.Training(pictures()[0], **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, optimizer):
     undisturbed = end_of(make(None, optimizer=optimizer))
@@ -170,6 +171,7 @@ def test_after_the_last_step_only_the_answer_is_left(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_stop_saves_and_says_so(tmp_path):
     undisturbed = end_of(make(None))
     stopping = make(tmp_path, checkpoint_every_s=1e9, stop=lambda: True)

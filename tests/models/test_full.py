@@ -126,6 +126,7 @@ def test_features_are_those_of_the_images_themselves():
     np.testing.assert_allclose(half.features(), expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_simclr_tells_three_patterns_apart():
     pixels, kind_N = pictures(96)
     steps = full.train(

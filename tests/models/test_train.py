@@ -141,6 +141,7 @@ def test_a_backbone_trains_too(sources, tmp_path, method):
     assert np.array_equal(again.labels_N, found.labels_N)
 
 
+@pytest.mark.slow
 def test_a_full_training_told_to_stop_goes_on_from_there(sources, tmp_path):
     settings = {"train": "full", "backbone": "resnet10_slim", "weights": "random", "image_size": 32}
     config = Config(clusters=3, epochs=4, restarts=2, **settings)
@@ -233,6 +234,7 @@ def arguments(folder, out, **extra):
     return [str(folder), *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
 
 
+@pytest.mark.slow
 def test_the_command_groups_a_folder_of_digits(digits, tmp_path):
     folder = tmp_path / "pictures"
     for source in sorted(digits.rglob("*.png")):

@@ -161,6 +161,7 @@ def jobs(tmp_path: Path, count: int) -> list[tuple[str, str]]:
     return [(str(tmp_path / f"{number}"), str(tmp_path / f"{number}.jpg")) for number in range(count)]
 
 
+@pytest.mark.slow
 def test_a_file_that_stalls_its_decoder_is_given_up_and_the_others_go_on(tmp_path: Path):
     work = jobs(tmp_path, 5)
     os.mkfifo(tmp_path / "stalls")  # opening it waits for a writer that never comes

@@ -155,6 +155,7 @@ def decoders_of(parent: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_killed_decoder_costs_no_file():
     # Large and of one colour: quick to make, and slow enough that the decoders are at work when one is killed.
     files = {
@@ -193,6 +194,7 @@ ingest.ingest(uuid.UUID(sys.argv[1]), threading.Event())
 """
 
 
+@pytest.mark.slow
 def test_an_ingest_that_is_killed_goes_on_without_double_rows(monkeypatch: pytest.MonkeyPatch):
     files = {f"{n}.png": picture(n, size=(300, 300)) for n in range(200)} | {"twice.png": picture(7, size=(300, 300))}
     upload_id = queued(("a.zip", zip_of(files)))
