@@ -1,7 +1,9 @@
 """One real stack for all tests that harm it; each leaves it running."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.pictures import two_kinds, zip_of
 
 # `make test-faults` does all the counts that docs/faults.md names; the ordinary suite a few of each.
 FULL = os.environ.get("KINDRED_FAULTS") == "full"
+Undisturbed = Callable[..., tuple[str, float]]
 only_in_full = pytest.mark.skipif(not FULL, reason="takes minutes; `make test-faults` runs it")
 
 
@@ -56,3 +59,18 @@ def collection(started: Stack) -> str:
         upload = started.upload(zip_of(two_kinds(24)))
         assert started.ended(upload["links"]["self"])["state"] == "succeeded"
     return str(upload["collection_id"])
+
+
+@pytest.fixture(scope="session")
+def undisturbed(started: Stack, collection: str) -> Undisturbed:
+    """The labels of a run that nobody harms, and the seconds that it lasts: what others are measured against."""
+
+    @cache
+    def made(**parameters: object) -> tuple[str, float]:
+        with started.workers("train"):
+            run_id = started.submit(collection, **parameters)
+            began = time.monotonic()
+            assert started.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
+            return started.labels(run_id), time.monotonic() - began
+
+    return made

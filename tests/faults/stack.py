@@ -20,6 +20,7 @@ import redis
 from app.db.migrate import upgrade
 from app.embedded import Server, postgres_server, valkey_server
 from app.processes import Identity, launch_command
+from tests import checkpoints
 from tests.waiting import wait_for
 
 # Short, so that a fault costs seconds; `REAL` are the defaults, for promises that name seconds.
@@ -27,6 +28,11 @@ QUICK = {
     "KINDRED_LEASE_S": "6", "KINDRED_HEARTBEAT_S": "1", "KINDRED_SWEEP_S": "1", "KINDRED_CHECKPOINT_S": "0.5",
 }  # fmt: skip
 REAL = dict.fromkeys(QUICK, "")
+# Training of a whole network, one that timm keeps for tests: hundreds of steps that cost little on any processor.
+WHOLE = {
+    "method": "simclr", "backbone": "timm/test_resnet", "weights": "random", "image_size": 32, "restarts": 2,
+    "epochs": 200, "seed": 3,
+}  # fmt: skip
 CELERY = (
     *(sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--loglevel", "INFO"),
     *("--without-gossip", "--without-mingle", "-P", "threads", "-c", "1"),
@@ -36,6 +42,13 @@ CELERY = (
 def is_past(row: dict[str, Any], attempt: int) -> bool:
     """Whether the job is over, or in an attempt after this one."""
     return row["attempt"] > attempt or row["state"] not in ("queued", "running")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:
@@ -296,3 +309,6 @@ class Stack:
 
     def folder(self, run_id: str) -> Path:
         return self.files / "runs" / str(uuid.UUID(run_id))
+
+    def steps_done(self, run_id: str) -> int:
+        return checkpoints.steps_done(self.folder(run_id) / "checkpoint")

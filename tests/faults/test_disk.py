@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import only_in_full
-from tests.faults.stack import Stack
+from tests.faults.stack import WHOLE, Stack
 from tests.faults.table import Seen
-from tests.faults.test_kills import WHOLE, steps_done
-from tests.pictures import two_kinds, zip_of
+from tests.pictures import picture, two_kinds, zip_of
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(600)]
 MIB = 2**20
-LONGER = WHOLE | {"epochs": 150}
+LONGER = WHOLE | {"epochs": 300}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,6 @@ def drafts(stack: Stack) -> list[str]:
 
 
 def noise(count: int, size: int) -> dict[str, bytes]:
-    from tests.pictures import picture
-
     return {f"{number}.png": picture(number, kind=1, size=(size, size)) for number in range(count)}
 
 
@@ -119,12 +116,12 @@ def test_a_disk_that_is_full_during_a_training(small: Stack, seen: Seen):
 
         # A checkpoint that finds no room is left out; the training goes on to the same end.
         run_id = small.submit(collection, **LONGER)
-        wait_for(lambda: steps_done(small, run_id) > 0)
+        wait_for(lambda: small.steps_done(run_id) > 0)
         ballast = fill(small, 0)
-        kept, before = steps_done(small, run_id), small.run(run_id)["progress"]
+        kept, before = small.steps_done(run_id), small.run(run_id)["progress"]
         wait_for(lambda: small.run(run_id)["progress"] > before + 0.2)  # checkpoints are 0.5 s apart
         assert small.run(run_id)["stage"] == "training"
-        assert 0 < steps_done(small, run_id) <= kept + 1
+        assert 0 < small.steps_done(run_id) <= kept + 1
         ballast.unlink()
         assert small.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
         assert small.labels(run_id) == small.labels(undisturbed)
@@ -132,7 +129,7 @@ def test_a_disk_that_is_full_during_a_training(small: Stack, seen: Seen):
 
         # At the finish there is nothing to leave out: the run fails, and says why.
         run_id = small.submit(collection, **LONGER)
-        wait_for(lambda: steps_done(small, run_id) > 0)
+        wait_for(lambda: small.steps_done(run_id) > 0)
         ballast = fill(small, 0)
         failed = small.ended(f"/v1/runs/{run_id}", 300)
         assert (failed["state"], failed["problem"]["code"]) == ("failed", "storage-full")

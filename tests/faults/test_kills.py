@@ -11,26 +11,17 @@ import psutil
 import pytest
 
 from models.checkpoint import NEWEST
-from tests import checkpoints
-from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import QUICK, REAL, Process, Stack, is_past
+from tests.faults.conftest import FULL, Undisturbed, only_in_full
+from tests.faults.stack import QUICK, REAL, WHOLE, Process, Stack, is_alive, is_past
 from tests.faults.table import Seen
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
 
 HEAD = {"epochs": 8, "restarts": 2, "seed": 3}
-WHOLE = {
-    "method": "simclr", "backbone": "resnet10_slim", "weights": "random", "image_size": 32, "restarts": 2,
-    "epochs": 60, "seed": 3,
-}  # fmt: skip
 # What a step may take at the worst, its checkpoint included, on a machine with other work.
 STEP_S = 1.0
 KILLS = {"head": 20, "full": 20} if FULL else {"head": 2, "full": 4}
-
-
-def steps_done(stack: Stack, run_id: str) -> int:
-    return checkpoints.steps_done(stack.folder(run_id) / "checkpoint")
 
 
 def saved_at(stack: Stack, run_id: str) -> float | None:
@@ -46,7 +37,7 @@ def lost_work_s(stack: Stack, run_id: str, found: float | None) -> float | None:
     `found` is `saved_at` of when the trainer was new. When it began is no help: psutil knows that to a second only.
     """
     saved = saved_at(stack, run_id)
-    if saved in (None, found) or steps_done(stack, run_id) >= stack.row(run_id)["parameters"]["epochs"]:
+    if saved in (None, found) or stack.steps_done(run_id) >= stack.row(run_id)["parameters"]["epochs"]:
         return None
     return time.time() - saved
 
@@ -74,13 +65,12 @@ def trainer_of(stack: Stack, worker: Process, run_id: str, attempt: int) -> psut
     ("train", "parameters"),
     [pytest.param("head", HEAD, marks=only_in_full, id="head"), pytest.param("full", WHOLE, id="full")],
 )
-def test_kills_at_random_moments(stack: Stack, collection: str, seen: Seen, train: str, parameters: dict[str, object]):
+def test_kills_at_random_moments(
+    stack: Stack, collection: str, undisturbed: Undisturbed, seen: Seen, train: str, parameters: dict[str, object]
+):
+    wanted, lasts_s = undisturbed(**parameters)
     kills, resumed_s, redone_s, runs = 0, [], [], []
     with stack.workers("train", KINDRED_MAX_ATTEMPTS="1000") as (worker,):
-        undisturbed = stack.submit(collection, **parameters)
-        began = time.monotonic()
-        assert stack.ended(f"/v1/runs/{undisturbed}", 300)["state"] == "succeeded"
-        lasts_s = time.monotonic() - began
         while kills < KILLS[train]:
             run_id = stack.submit(collection, **parameters)
             runs.append(run_id)
@@ -109,12 +99,11 @@ def test_kills_at_random_moments(stack: Stack, collection: str, seen: Seen, trai
                 kills += 1
                 if age_s is not None:
                     redone_s.append(age_s)
-                assert steps_done(stack, run_id) >= before  # it never begins anew
-                before = steps_done(stack, run_id)
+                assert stack.steps_done(run_id) >= before  # it never begins anew
+                before = stack.steps_done(run_id)
                 resumed_s.append(time.monotonic() - killed)
             # Undisturbed from here on.
             assert stack.ended(f"/v1/runs/{run_id}", 300)["state"] == "succeeded"
-        wanted = stack.labels(undisturbed)
         for run_id in runs:
             assert stack.labels(run_id) == wanted
             wait_for(lambda run_id=run_id: is_cleared_up(stack, run_id), 10)
@@ -144,17 +133,17 @@ def wait_until(moment_s: float, over: Any) -> bool:
 @only_in_full
 def test_a_killed_worker_is_replaced_within_75_s(stack: Stack, collection: str, seen: Seen):
     with stack.workers("train", "train", **REAL) as workers:
-        run_id = stack.submit(collection, **WHOLE | {"epochs": 100_00})
+        run_id = stack.submit(collection, **WHOLE | {"epochs": 10_000})
         victim = wait_for(lambda: next((worker for worker in workers if worker.trainers()), None))
-        wait_for(lambda: steps_done(stack, run_id) > 0)
+        wait_for(lambda: stack.steps_done(run_id) > 0)
         time.sleep(random.uniform(0.0, 30.0))
-        lost_s, kept = lost_work_s(stack, run_id, None), steps_done(stack, run_id)
+        lost_s, kept = lost_work_s(stack, run_id, None), stack.steps_done(run_id)
         victim.kill()
         killed = time.monotonic()
         assert wait_for(lambda: not victim.trainers() and not stack.trainers(), 5)
         wait_for(lambda: stack.row(run_id)["attempt"] == 2, 80)
         took = time.monotonic() - killed
-        wait_for(lambda: steps_done(stack, run_id) > kept)  # it goes on from there
+        wait_for(lambda: stack.steps_done(run_id) > kept)  # it goes on from there
         stack.http.post(f"/v1/runs/{run_id}/cancel").raise_for_status()
         assert stack.ended(f"/v1/runs/{run_id}")["state"] == "cancelled"
     assert took <= 75
@@ -171,7 +160,7 @@ def test_a_trainer_that_dies_every_time(stack: Stack, collection: str, seen: See
             trainer = trainer_of(stack, worker, run_id, attempt)
             assert trainer is not None
             if attempt == 1:  # once there is something to go on from
-                wait_for(lambda: steps_done(stack, run_id) > 0)
+                wait_for(lambda: stack.steps_done(run_id) > 0)
             os.kill(trainer.pid, signal.SIGKILL)
         run = stack.ended(f"/v1/runs/{run_id}")
         assert worker.running
@@ -185,16 +174,15 @@ def test_a_trainer_that_dies_every_time(stack: Stack, collection: str, seen: See
     seen("a trainer that dies every time", "failed after 3 attempts", "worker_lost after 3; no checkpoint left")
 
 
-def test_a_frozen_worker_writes_nothing(stack: Stack, collection: str, seen: Seen):
+def test_a_frozen_worker_writes_nothing(stack: Stack, collection: str, undisturbed: Undisturbed, seen: Seen):
     """SIGSTOP past the lease, SIGCONT once another has finished the run, or while it works on it."""
     lease_s = float(QUICK["KINDRED_LEASE_S"])
+    wanted, _ = undisturbed(**WHOLE)
     with stack.workers("train", "train") as workers:
-        undisturbed = stack.submit(collection, **WHOLE)
-        assert stack.ended(f"/v1/runs/{undisturbed}", 300)["state"] == "succeeded"
-        run_id = stack.submit(collection, **WHOLE | {"epochs": 61})  # other labels than those of `undisturbed`
+        run_id = stack.submit(collection, **WHOLE)
         frozen = wait_for(lambda: next((worker for worker in workers if worker.trainers()), None))
         (old,) = frozen.trainers()
-        wait_for(lambda: steps_done(stack, run_id) > 0)
+        wait_for(lambda: stack.steps_done(run_id) > 0)
         frozen.send(signal.SIGSTOP)
         asked = time.monotonic()
         wait_for(lambda: not is_alive(old), lease_s + 3)
@@ -207,16 +195,10 @@ def test_a_frozen_worker_writes_nothing(stack: Stack, collection: str, seen: See
         time.sleep(2)
         assert stack.row(run_id) == finished
     assert (finished["attempt"], finished["lost_attempts"]) == (2, 1)
+    assert stack.labels(run_id) == wanted
     wait_for(lambda: not (stack.folder(run_id) / "attempt-1").exists(), 10)
     seen(
         "worker frozen past its lease, then thawed",
         "it writes nothing; no two trainers",
         f"its trainer ended itself after {alone:.1f} s (lease {lease_s:.0f} s)",
     )
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

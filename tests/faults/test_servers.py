@@ -9,22 +9,24 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
-from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import REAL, Stack
+from tests.faults.conftest import FULL, Undisturbed, only_in_full
+from tests.faults.stack import REAL, WHOLE, Stack
 from tests.faults.table import Seen
-from tests.faults.test_kills import WHOLE, steps_done
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
 
 
 @pytest.mark.parametrize("append_only", [True, False] if FULL else [False])
-def test_redis_is_killed_under_work(stack: Stack, collection: str, seen: Seen, *, append_only: bool):
+def test_redis_is_killed_under_work(
+    stack: Stack, collection: str, undisturbed: Undisturbed, seen: Seen, *, append_only: bool
+):
     """Killed in a training, away for a while, and back with or without what it knew."""
+    wanted, _ = undisturbed(**WHOLE)
     settings = REAL if FULL else {}
     with stack.workers("train", **settings) as (worker,):
         running = stack.submit(collection, **WHOLE)
-        wait_for(lambda: steps_done(stack, running) > 0)
+        wait_for(lambda: stack.steps_done(running) > 0)
         stack.valkey.kill()
         asked = time.monotonic()
         queued = stack.submit(collection, method="kmeans")
@@ -42,6 +44,7 @@ def test_redis_is_killed_under_work(stack: Stack, collection: str, seen: Seen, *
     for run_id in (running, queued):
         row = stack.row(run_id)
         assert (row["attempt"], row["lost_attempts"]) == (1, 0)
+    assert stack.labels(running) == wanted
     assert started_s <= 60
     which = "with its log" if append_only else "without its log"
     seen(f"Redis killed, back {which}", "202; running work unaffected", f"202 after {answered_s:.1f} s; 1 attempt")

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import FULL, only_in_full
-from tests.faults.stack import Stack
+from tests.faults.stack import WHOLE, Stack, is_alive
 from tests.faults.table import Seen
-from tests.faults.test_kills import WHOLE, is_alive, steps_done
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(600)]
@@ -31,7 +30,7 @@ def test_sigterm_in_a_training(stack: Stack, collection: str, seen: Seen):
         assert not is_alive(trainer)
     row = stack.row(run_id)
     assert (row["attempt"], row["lost_attempts"]) == (1, 0)
-    assert steps_done(stack, run_id) > 0
+    assert stack.steps_done(run_id) > 0
     assert left_s <= 30
     stack.http.post(f"/v1/runs/{run_id}/cancel").raise_for_status()
     seen(
@@ -44,7 +43,7 @@ def test_sigterm_in_a_training(stack: Stack, collection: str, seen: Seen):
 def test_a_cancel_frees_the_memory(stack: Stack, collection: str, seen: Seen):
     with stack.workers("train") as (worker,):
         run_id = stack.submit(collection, **LONG)
-        wait_for(lambda: steps_done(stack, run_id) > 0)
+        wait_for(lambda: stack.steps_done(run_id) > 0)
         (trainer,) = worker.trainers()
         group = trainer.pid  # it leads its own
         held = trainer.memory_info().rss

@@ -21,7 +21,7 @@ from worker.supervise import supervise
 pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]
 
 FULL = {
-    "method": "simclr", "backbone": "resnet10_slim", "weights": "random", "image_size": 32, "restarts": 2,
+    "method": "simclr", "backbone": "timm/test_resnet", "weights": "random", "image_size": 32, "restarts": 2,
 }  # fmt: skip
 
 
@@ -68,9 +68,9 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     collection_id = collection_of(24)
-    undisturbed = new_run(collection_id, epochs=30, **FULL)
+    undisturbed = new_run(collection_id, epochs=150, **FULL)
     supervise(undisturbed, threading.Event())
-    run_id = new_run(collection_id, epochs=30, **FULL)
+    run_id = new_run(collection_id, epochs=150, **FULL)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
@@ -80,7 +80,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     assert (run.state, run.attempt, run.lost_attempts) == ("queued", 1, 0)
     assert trainers() == []
     before = steps_done(run_id)
-    assert 0 < before < 30
+    assert 0 < before < 150
     progress = run.progress
     thread = in_background(run_id)
     while thread.is_alive():
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_version_is_passed_over():
 def test_two_processes_train_one_network_and_stop_together(monkeypatch: pytest.MonkeyPatch):
     """By gloo on the CPU, as NCCL would on two GPUs."""
     set_gpus(monkeypatch, 2)
-    run_id = new_run(collection_of(24), epochs=20, **FULL)
+    run_id = new_run(collection_of(24), epochs=100, **FULL)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
