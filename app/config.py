@@ -87,7 +87,7 @@ class Settings(BaseSettings):
         default=2048 * MIB, description="Most address space of a decoding process, in bytes."
     )
     ingest_processes: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Decoding processes of an ingest worker; 0 means one per core."
+        default=0, description="Decoding processes of an ingest worker; 0 means one per core that it may use."
     )
     thumbnail_pixels: Annotated[int, Field(ge=16, le=2048)] = Field(
         default=256, description="Longest side of a thumbnail, in pixels."

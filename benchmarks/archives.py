@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from joblib import cpu_count
 
-from models.features import Source, cores, extract
+from models.features import Source, extract
 from models.progress import finish
 
 
@@ -73,5 +74,7 @@ def unpack(selection: Selection, folder: Path) -> tuple[list[Source], list[str]]
 def frozen_features(sources: list[Source], *, cache: Path | None = None) -> np.ndarray:
     """What the default backbone makes of the pictures, float16 of shape (N, F)."""
     return finish(
-        extract(sources, backbone="efficientnet_lite0", image_size=224, cache_dir=cache, threads=cores(), device="cpu")
+        extract(
+            sources, backbone="efficientnet_lite0", image_size=224, cache_dir=cache, threads=cpu_count(), device="cpu"
+        )
     )

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from benchmarks.archives import Selection, unpack
 from benchmarks.quality import spread
 from models import pixels
 from models.baselines import kmeans
 from models.config import METHODS
-from models.features import cores
 from models.full import Training
 from models.metrics import quality
 from models.objective import Objective
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(options.data, Path(scratch) / "images")
-        gathered = pixels.gather(sources, image_size=options.image_size, cache_dir=None, threads=cores())
+        gathered = pixels.gather(sources, image_size=options.image_size, cache_dir=None, threads=cpu_count())
         file = Path(scratch) / "pixels.npy"
         np.save(file, finish(gathered))
         print(f"{options.data.name}: {options.backbone}, {options.epochs} epochs, seeds 0 to {options.seeds - 1}")

@@ -24,6 +24,8 @@ import uuid
 import zipfile
 from pathlib import Path
 
+from joblib import cpu_count
+
 from app import storage
 from app.config import settings
 from app.db.migrate import upgrade
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a zip archive of images")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=cpu_count())
     parser.add_argument("--role", choices=("bare", "ingest"), help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
 from benchmarks.archives import Selection, unpack
 from models import backbones, pixels
-from models.features import BATCH, cores
+from models.features import BATCH
 from models.full import Training
 from models.progress import finish
 from models.scl import Scl
@@ -37,14 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sources, truth = unpack(options.data, Path(scratch) / "images")
         ratios = [whole_way(sources, len(set(truth)), Path(scratch)) for _ in range(options.rounds)]
         print(f"head_end_to_end_ratio: {statistics.median(ratios):.2f}", flush=True)
-        small_NSSC = finish(pixels.gather(sources, image_size=32, cache_dir=None, threads=cores()))
+        small_NSSC = finish(pixels.gather(sources, image_size=32, cache_dir=None, threads=cpu_count()))
     print(f"full_step_ratio: {full_step(small_NSSC, options.steps):.2f}")
 
 
 def whole_way(sources: list[Source], clusters: int, scratch: Path) -> float:
     """Seconds from files to labels over seconds of the bare forward pass, one after the other."""
-    decoded_NSSC = finish(pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=scratch / "pixels", threads=cores()))
-    encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cores(), device="cpu")
+    decoded_NSSC = finish(
+        pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=scratch / "pixels", threads=cpu_count())
+    )
+    encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cpu_count(), device="cpu")
     encode(np.array(decoded_NSSC[:BATCH]))
     started = time.perf_counter()
     for start in range(0, len(decoded_NSSC), BATCH):
@@ -60,7 +63,7 @@ def whole_way(sources: list[Source], clusters: int, scratch: Path) -> float:
 
 def full_step(pixels_NSSC: np.ndarray, steps: int) -> float:
     """Seconds of a training step over those of a bare forward and backward pass of two views; medians of the steps."""
-    torch.set_num_threads(cores())
+    torch.set_num_threads(cpu_count())
     training = Training(
         pixels_NSSC, objective=Scl, backbone="resnet10_slim", weights="random", clusters=10, epochs=2, seed=0
     )

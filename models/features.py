@@ -8,7 +8,6 @@ the pooling: any of them changed is another folder.
 """
 
 import hashlib
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -135,8 +134,3 @@ def write_part(cache: Path, keys: Sequence[str], features_PD: np.ndarray) -> Non
     part = cache / f"part-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
     write_atomically(part, lambda file: np.save(file, features_PD))
     write_atomically(part.with_suffix(".keys"), lambda file: file.write(text.encode()))
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from joblib import cpu_count
+
 from models import images
 from models.config import BACKBONES, METHODS, PRESETS, Config, InputError
-from models.features import Source, cores
+from models.features import Source
 from models.files import write_atomically
 from models.progress import Progress
 from models.train import Grouping, group, save_model
@@ -118,7 +120,7 @@ def read_folder(root: Path, *, besides: Path) -> tuple[list[Source], list[str]]:
         for path in sorted(root.rglob("*"))
         if path.is_file() and not (out != root.resolve() and path.resolve().is_relative_to(out))
     ]
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         keys = list(pool.map(key_of_readable, files))
     sources = [Source(key=key, path=path) for path, key in zip(files, keys, strict=True) if key]
     skipped = [path.relative_to(root).as_posix() for path, key in zip(files, keys, strict=True) if not key]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from joblib import cpu_count
 
 from models import space
-from models.features import cores
 from models.fit import seed_of
 
 PIECES = 5  # a cluster, on average
@@ -39,7 +39,7 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int) -> np.ndarray:
 
 def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int]) -> np.ndarray:
     """`centres` of every seed, shape (R, K, D), some at a time: each of them uses one core."""
-    with space.one_core(), ThreadPoolExecutor(min(len(seeds), cores())) as pool:
+    with space.one_core(), ThreadPoolExecutor(min(len(seeds), cpu_count())) as pool:
         return np.stack(list(pool.map(lambda seed: centres(x_ND, clusters, seed=seed), seeds)))
 
 

@@ -17,12 +17,13 @@ import faiss
 import numpy as np
 import safetensors.numpy
 import torch
+from joblib import cpu_count
 
 from models import auto, distributed, full, heads, pixels, scl
 from models.baselines import cc, kmeans, pica, scan, simclr, temi
 from models.baselines import pixels as raw
 from models.config import Config, InputError
-from models.features import Source, UnreadableImageError, cores, extract
+from models.features import Source, UnreadableImageError, extract
 from models.files import write_atomically
 from models.fit import Fit
 from models.images import PREPROCESSING
@@ -86,7 +87,7 @@ def group(
     """
     config = config.resolved()
     check_collection(config, sources, truth)
-    threads = threads or cores()
+    threads = threads or cpu_count()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)

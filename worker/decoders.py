@@ -15,6 +15,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from joblib import cpu_count
+
 from app.config import Settings
 
 Job = tuple[str, str]
@@ -173,7 +175,7 @@ class DecoderPool:
     """Several decoders, a thread each."""
 
     def __init__(self, settings: Settings) -> None:
-        self._size = settings.ingest_processes or os.cpu_count() or 1
+        self._size = settings.ingest_processes or cpu_count()
         self._free: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
         self._decoders = [Decoder(settings) for _ in range(self._size)]
         for decoder in self._decoders:

@@ -23,12 +23,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from joblib import cpu_count
 
 from app.storage import atomic_write, is_full
 from models import checkpoint
 from models.checkpoint import OtherRun
 from models.config import BackboneError
-from models.features import cores
 from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
 from worker.command import STORAGE_FULL
@@ -108,7 +108,7 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     images = specification["images"]
     sources = [Source(key=image["key"], path=Path(image["path"])) for image in images]
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
-    threads = max(1, cores() // int(os.environ.get("WORLD_SIZE", "1")))
+    threads = max(1, cpu_count() // int(os.environ.get("WORLD_SIZE", "1")))
     stop = threading.Event()
     if config.train == "full":
         signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
 from models import space
 from models.baselines.vote import confirm
-from models.features import cores
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
 
@@ -36,7 +36,7 @@ def train(
         return space.k_means(x_ND, clusters, rounds=epochs, seed=seed_of(seed, restart))
 
     ends = []
-    with space.one_core(), ThreadPoolExecutor(min(restarts, cores())) as pool:
+    with space.one_core(), ThreadPoolExecutor(min(restarts, cpu_count())) as pool:
         for restart, end in enumerate(pool.map(fit, range(restarts))):
             ends.append(end)
             details = {"restart": restart + 1.0, "inertia": float(end.inertia_) / len(x_ND)}

@@ -1,7 +1,6 @@
 """The whole service as real processes, each of which a test may kill, freeze, stop and start again."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -68,10 +67,9 @@ class Process:
         *,
         cwd: Path,
         identity: Identity | None = None,
-        one_core: bool = False,
     ) -> None:
         self._command, self._environment, self.log = command, environment, log
-        self._cwd, self._identity, self._one_core = cwd, identity, one_core
+        self._cwd, self._identity = cwd, identity
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -94,8 +92,6 @@ class Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        if self._one_core:  # threads that wait for each other on busy cores take many times longer than one
-            os.sched_setaffinity(self.pid, {random.choice(sorted(os.sched_getaffinity(0)))})
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
@@ -153,7 +149,9 @@ class Stack:
             "KINDRED_BROKER_URL": self._valkey.url,
             "KINDRED_DATA_DIR": str(self.files),
             "KINDRED_INGEST_PROCESSES": "1",
+            # Threads that wait for each other on busy cores take many times longer than one.
             "OMP_NUM_THREADS": "1",
+            "LOKY_MAX_CPU_COUNT": "1",
             "PYTHONUNBUFFERED": "1",
         }
         return clean | {name: value for name, value in (ours | more).items() if value}
@@ -236,7 +234,6 @@ class Stack:
                     self.environment(**more),
                     self.root / f"{name}.log",
                     cwd=self.root,
-                    one_core=True,
                 )
             )
         try:

@@ -161,6 +161,18 @@ def jobs(tmp_path: Path, count: int) -> list[tuple[str, str]]:
     return [(str(tmp_path / f"{number}"), str(tmp_path / f"{number}.jpg")) for number in range(count)]
 
 
+@pytest.mark.parametrize(("cores", "shares"), [("1", 1), (None, min(4, len(os.sched_getaffinity(0))))])
+def test_a_decoder_for_each_core_that_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: str | None, shares: int
+):
+    if cores is not None:
+        monkeypatch.setenv("LOKY_MAX_CPU_COUNT", cores)
+    with DecoderPool(Settings(ingest_processes=0)) as pool:
+        answers = pool.submit(jobs(tmp_path, 4))
+        assert len(answers) == shares
+        assert sum(len(answer.result()) for answer in answers) == 4
+
+
 @pytest.mark.slow
 def test_a_file_that_stalls_its_decoder_is_given_up_and_the_others_go_on(tmp_path: Path):
     work = jobs(tmp_path, 5)

@@ -26,12 +26,10 @@ FULL = {
 
 
 @pytest.fixture(autouse=True)
-def one_core():
+def one_core(monkeypatch: pytest.MonkeyPatch):
     """Threads that wait for each other on a busy machine take many times longer than one."""
-    usual = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(usual)})
-    yield
-    os.sched_setaffinity(0, usual)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def wait_until_it_trains(run_id: uuid.UUID) -> None:
