@@ -64,7 +64,7 @@ def unpack(selection: Selection, folder: Path) -> tuple[list[Source], list[str]]
         class_N = np.unique(classes, return_inverse=True)[1]
         for number in selection.rows(class_N):
             content = members.read(names[number])
-            path = folder / f"{number}{Path(names[number]).suffix}"
+            path = folder / f"{number}-{Path(names[number]).name}"
             path.write_bytes(content)
             sources.append(Source(key=hashlib.sha256(content).hexdigest(), path=path))
             truth.append(classes[number])

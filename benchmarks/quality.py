@@ -9,6 +9,7 @@ import argparse
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.archives import Selection, unpack
-from models.config import METHODS
+from models.config import METHODS, InputError
 from models.fit import agreement
 from models.progress import finish
 from models.train import Config, Source, group
@@ -48,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for selection in options.data:
         with tempfile.TemporaryDirectory() as scratch:
-            measure(selection, options.methods, range(options.seeds), Path(scratch), options.threads)
+            try:
+                measure(selection, options.methods, range(options.seeds), Path(scratch), options.threads)
+            except InputError as error:
+                sys.exit(f"error: {selection.name}: {error}")
 
 
 def measure(selection: Selection, methods: Sequence[str], seeds: range, scratch: Path, threads: int | None) -> None:

@@ -52,6 +52,14 @@ def small_archive(folder, images):
     return path
 
 
+def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path):
+    archive = small_archive(tmp_path, 4)
+    with zipfile.ZipFile(archive, "a") as members:
+        members.writestr("stripes/pointer.jpg", b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(SystemExit, match=r"^error: kinds: image \d-pointer\.jpg cannot be read: .*$"):
+        quality.main(["--data", str(archive)])
+
+
 @pytest.mark.slow
 def test_quality_prints_a_row_for_every_method(tmp_path, capsys):
     archive = small_archive(tmp_path, 24)
