@@ -66,9 +66,9 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     collection_id = collection_of(24)
-    undisturbed = new_run(collection_id, epochs=150, **FULL)
+    undisturbed = new_run(collection_id, epochs=200, **FULL)
     supervise(undisturbed, threading.Event())
-    run_id = new_run(collection_id, epochs=150, **FULL)
+    run_id = new_run(collection_id, epochs=200, **FULL)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
@@ -78,7 +78,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     assert (run.state, run.attempt, run.lost_attempts) == ("queued", 1, 0)
     assert trainers() == []
     before = steps_done(run_id)
-    assert 0 < before < 150
+    assert 0 < before < 200
     progress = run.progress
     thread = in_background(run_id)
     while thread.is_alive():
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_version_is_passed_over():
 def test_two_processes_train_one_network_and_stop_together(monkeypatch: pytest.MonkeyPatch):
     """By gloo on the CPU, as NCCL would on two GPUs."""
     set_gpus(monkeypatch, 2)
-    run_id = new_run(collection_of(24), epochs=100, **FULL)
+    run_id = new_run(collection_of(24), epochs=150, **FULL)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
