@@ -20,6 +20,7 @@ from app.db.migrate import upgrade
 from app.embedded import Server, postgres_server, valkey_server
 from app.processes import Identity, launch_command
 from tests import checkpoints
+from tests.trainings import WHOLE_NETWORK
 from tests.waiting import wait_for
 
 # Short, so that a fault costs seconds; `REAL` are the defaults, for promises that name seconds.
@@ -27,11 +28,7 @@ QUICK = {
     "KINDRED_LEASE_S": "6", "KINDRED_HEARTBEAT_S": "1", "KINDRED_SWEEP_S": "1", "KINDRED_CHECKPOINT_S": "0.5",
 }  # fmt: skip
 REAL = dict.fromkeys(QUICK, "")
-# Training of a whole network, one that timm keeps for tests: hundreds of steps that cost little on any processor.
-WHOLE = {
-    "method": "simclr", "backbone": "timm/test_resnet", "weights": "random", "image_size": 32, "restarts": 2,
-    "epochs": 200, "seed": 3,
-}  # fmt: skip
+WHOLE = WHOLE_NETWORK | {"epochs": 200, "seed": 3}
 CELERY = (
     *(sys.executable, "-m", "celery", "--quiet", "-A", "worker.celery_app", "worker", "--loglevel", "INFO"),
     *("--without-gossip", "--without-mingle", "-P", "threads", "-c", "1"),

@@ -14,19 +14,16 @@ from app.config import settings
 from app.db.session import open_session
 from app.services import results, runs
 from tests import checkpoints
+from tests.trainings import WHOLE_NETWORK
 from tests.waiting import wait_for
 from tests.worker.test_supervise import collection_of, in_background, new_run, read, trainers
 from worker.supervise import supervise
 
 pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]
 
-FULL = {
-    "method": "simclr", "backbone": "timm/test_resnet", "weights": "random", "image_size": 32, "restarts": 2,
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch):
+def one_thread(monkeypatch: pytest.MonkeyPatch):
     """Threads that wait for each other on a busy machine take many times longer than one."""
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -66,9 +63,9 @@ def set_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
     collection_id = collection_of(24)
-    undisturbed = new_run(collection_id, epochs=200, **FULL)
+    undisturbed = new_run(collection_id, epochs=200, **WHOLE_NETWORK)
     supervise(undisturbed, threading.Event())
-    run_id = new_run(collection_id, epochs=200, **FULL)
+    run_id = new_run(collection_id, epochs=200, **WHOLE_NETWORK)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
@@ -92,7 +89,7 @@ def test_a_stopped_training_goes_on_from_its_checkpoint_to_the_same_labels():
 
 
 def test_a_trainer_that_somebody_else_stops_is_no_lost_attempt():
-    run_id = new_run(collection_of(24), epochs=2000, **FULL)
+    run_id = new_run(collection_of(24), epochs=2000, **WHOLE_NETWORK)
     thread = in_background(run_id)
     wait_until_it_trains(run_id)
     (trainer,) = trainers()
@@ -104,7 +101,7 @@ def test_a_trainer_that_somebody_else_stops_is_no_lost_attempt():
 
 
 def test_a_cancelled_training_keeps_no_checkpoint():
-    run_id = new_run(collection_of(24), epochs=2000, **FULL)
+    run_id = new_run(collection_of(24), epochs=2000, **WHOLE_NETWORK)
     thread = in_background(run_id)
     wait_until_it_trains(run_id)
     with open_session() as session:
@@ -117,7 +114,7 @@ def test_a_cancelled_training_keeps_no_checkpoint():
 
 
 def test_a_checkpoint_of_another_version_is_passed_over():
-    run_id = new_run(collection_of(24), epochs=2000, **FULL)
+    run_id = new_run(collection_of(24), epochs=2000, **WHOLE_NETWORK)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
@@ -135,7 +132,7 @@ def test_a_checkpoint_of_another_version_is_passed_over():
 def test_two_processes_train_one_network_and_stop_together(monkeypatch: pytest.MonkeyPatch):
     """By gloo on the CPU, as NCCL would on two GPUs."""
     set_gpus(monkeypatch, 2)
-    run_id = new_run(collection_of(24), epochs=150, **FULL)
+    run_id = new_run(collection_of(24), epochs=150, **WHOLE_NETWORK)
     stop = threading.Event()
     thread = in_background(run_id, stop)
     wait_until_it_trains(run_id)
@@ -157,7 +154,7 @@ def test_two_processes_train_one_network_and_stop_together(monkeypatch: pytest.M
 
 def test_a_killed_process_of_several_is_a_lost_attempt(monkeypatch: pytest.MonkeyPatch):
     set_gpus(monkeypatch, 2)
-    run_id = new_run(collection_of(24), epochs=2000, **FULL)
+    run_id = new_run(collection_of(24), epochs=2000, **WHOLE_NETWORK)
     thread = in_background(run_id)
     wait_until_it_trains(run_id)
     (torchrun,) = trainers()
