@@ -36,7 +36,7 @@ VARIANTS = {
     "+ consistency, instance contrast": Variant(config=HeadConfig(contrast="instance")),
     "without trust": Variant(config=HeadConfig(trust=False)),
     "with balance": Variant(config=HeadConfig(balance=0.5)),
-    "without whitening": Variant(config=HeadConfig(whitening=0.0)),
+    "principal axes": Variant(config=HeadConfig(shrinkage=1.0)),
     "assigned by similarity": Variant(config=HeadConfig(rule="similarity")),
     "assigned by boundary": Variant(config=HeadConfig(rule="boundary")),
     "a single restart": Variant(restarts=1),

@@ -21,7 +21,7 @@ from models import space, starts
 from models.adam import Adam
 from models.committee import Committee
 from models.fit import Fit, agreement, likeness, seed_of
-from models.limits import check_not_negative, check_positive
+from models.limits import check_positive, check_share
 from models.progress import Step
 from models.scl import (
     SclConfig,
@@ -52,7 +52,8 @@ class HeadConfig(SclConfig):
     """Settings on frozen features; the defaults were chosen by `benchmarks.choices`."""
 
     dimensions: int = 96
-    whitening: float = 0.1  # power of its deviation that an axis is divided by: 0 keeps all, 1 evens them out
+    main_dimensions: int = 256  # principal axes that those are combinations of
+    shrinkage: float = 0.5  # of the scatter between neighbours; 1 takes principal axes as they are
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
     sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
@@ -60,8 +61,8 @@ class HeadConfig(SclConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "dimensions", "batch", "epoch_images", "sample", "learning_rate")
-        check_not_negative(self, "whitening")
+        check_positive(self, "dimensions", "main_dimensions", "batch", "epoch_images", "sample", "learning_rate")
+        check_share(self, "shrinkage")
 
     def drawn(self, images: int, clusters: int) -> int:
         """Images that an epoch looks at."""
@@ -85,11 +86,17 @@ def train(
     the boundaries and by its neighbours inside.
     """
     config = config or HeadConfig()
-    axes = space.fit(features_NF, dimensions=config.dimensions, whitening=config.whitening)
-    z_ND = axes.project(features_NF).to(device)
-    sample_S = draw(len(z_ND), max(config.sample, 16 * clusters), seed=seed).to(device)
+    sample_S = draw(len(features_NF), max(config.sample, 16 * clusters), seed=seed)
+    wanted = space.neighbour_count(len(sample_S), clusters, wanted=config.neighbours)
+    axes = space.discriminant(
+        space.fit(features_NF, dimensions=config.main_dimensions),
+        features_NF[sample_S.numpy()],
+        dimensions=config.dimensions,
+        neighbours=wanted,
+        shrinkage=config.shrinkage,
+    )
+    z_ND, sample_S = axes.project(features_NF).to(device), sample_S.to(device)
     z_SD = z_ND[sample_S]
-    wanted = space.neighbour_count(len(z_SD), clusters, wanted=config.neighbours)
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted)).to(device)
     seeds = [seed_of(seed, restart) for restart in range(restarts)]
     at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))

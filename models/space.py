@@ -24,6 +24,8 @@ BLOCK = 8192
 GATHERED = 1024
 # Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
 EXACT_LIMIT = 50_000
+# Images whose neighbours tell the local scatter: enough for a matrix of some hundred axes.
+SCATTERED = 4096
 # Up to here k-means looks at every image in every round; above, at batches.
 LLOYD_LIMIT = 20_000
 
@@ -41,11 +43,8 @@ class Space:
         return normalize(torch.cat(blocks), dim=1)
 
 
-def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> Space:
-    """The mean and the `dimensions` main directions of the unit features, fewer where the collection has fewer.
-
-    Each direction is divided by this power of its standard deviation: 0 keeps them, 1 is whitening.
-    """
+def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
+    """The mean and the `dimensions` main directions of the unit features, fewer where the collection has fewer."""
     n, size = features_NF.shape
     total_F = torch.zeros(size, dtype=torch.float64)
     for x_BF in unit_blocks(features_NF):
@@ -55,8 +54,44 @@ def fit(features_NF: np.ndarray, *, dimensions: int, whitening: float = 0.0) -> 
     variance_D, axes_FD = (axes_of_few if n < size else axes_of_many)(features_NF, mean_F, most)
     kept = max(1, int((variance_D > variance_D[-1] * 1e-6).sum()))
     main_FD = torch.from_numpy(axes_FD[:, most - kept :].copy()).float().flip(1)  # largest variance first
-    scale_D = torch.from_numpy(variance_D[most - kept :].clip(min=1e-12).copy()).float().flip(0).pow(-whitening / 2)
-    return Space(mean_F=mean_F, axes_FD=(main_FD * scale_D).contiguous())
+    return Space(mean_F=mean_F, axes_FD=main_FD.contiguous())
+
+
+def discriminant(
+    main: Space, features_NF: np.ndarray, *, dimensions: int, neighbours: int, shrinkage: float
+) -> Space:
+    """The directions along which images differ most for how little neighbours do.
+
+    Unsupervised discriminant projection (Yang, Zhang, Yang and Niu, PAMI 2007): neighbours stand in for images of one
+    class, so that no label is needed. A direction's length makes its local scatter one.
+
+    Args:
+        main: the main directions, which the others are combinations of.
+        features_NF: the images; neighbours of some thousand of them are looked up.
+        dimensions: that are kept, fewer where there are fewer.
+        neighbours: of each image; with none the main directions are returned.
+        shrinkage: of the local scatter towards a multiple of the identity (Friedman, JASA 1989); 1 gives the main
+            directions.
+
+    """
+    x_ND = main.project(features_NF).numpy()
+    asked_Q = np.arange(0, len(x_ND), max(1, len(x_ND) // SCATTERED))
+    near_QM = nearest(x_ND, neighbours, rows=asked_Q)
+    size = x_ND.shape[1]
+    local_DD = np.zeros((size, size))
+    for near_Q in near_QM.T:
+        apart_QD = x_ND[asked_Q] - x_ND[near_Q]
+        local_DD += apart_QD.T @ apart_QD / (2 * near_QM.size)
+    total_DD = np.cov(x_ND, rowvar=False, dtype=np.float64).reshape(size, size)
+    if np.trace(local_DD) <= 1e-9 * np.trace(total_DD):  # copies, or no neighbours
+        return Space(mean_F=main.mean_F, axes_FD=main.axes_FD[:, :dimensions].contiguous())
+    towards = max(shrinkage, 1e-6)  # keeps it invertible
+    shrunk_DD = (1 - towards) * local_DD + towards * np.trace(local_DD) / size * np.eye(size)
+    kept = min(dimensions, size)
+    with threadpool_limits(1, user_api="blas"):
+        _, vectors_DK = eigh(total_DD, shrunk_DD, subset_by_index=[size - kept, size - 1])
+    axes_FK = main.axes_FD @ torch.from_numpy(vectors_DK[:, ::-1].astype(np.float32))
+    return Space(mean_F=main.mean_F, axes_FD=axes_FK.contiguous())
 
 
 def axes_of_many(features_NF: np.ndarray, mean_F: Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,17 +143,17 @@ def neighbour_count(images: int, clusters: int, *, wanted: int) -> int:
     return max(0, min(wanted, images // clusters - 1))
 
 
-def nearest(x_ND: np.ndarray, count: int) -> np.ndarray:
+def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None) -> np.ndarray:
     """The `count` most similar other images of each image, as indices of shape (N, M), most similar first.
 
     With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, by an
-    inverted file above; never quadratic in memory.
+    inverted file above; never quadratic in memory. `rows` are the images that are asked about, all by default.
     """
-    n = len(x_ND)
-    own_N = np.arange(n)
+    own_N = np.arange(len(x_ND)) if rows is None else rows
+    n = len(own_N)
     if count == 0:
         return own_N[:, None]
-    found_NM = search(x_ND, x_ND, count + 1)
+    found_NM = search(x_ND, x_ND if rows is None else x_ND[rows], count + 1)
     # Copies of an image may come before it: drop the image itself wherever it stands, else the last.
     found_NM = np.where(found_NM < 0, own_N[:, None], found_NM)
     itself_NM = found_NM == own_N[:, None]

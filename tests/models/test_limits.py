@@ -29,7 +29,7 @@ SETTINGS = [
     (SclConfig, "momentum", BELOW_ONE),
     (HeadConfig, "learning_rate", POSITIVE),
     (HeadConfig, "neighbours", POSITIVE),
-    (HeadConfig, "whitening", NOT_NEGATIVE),
+    (HeadConfig, "shrinkage", SHARE),
     (FullConfig, "dimensions", POSITIVE),
     (FullConfig, "start", SHARE),
     (EngineConfig, "pretrained_learning_rate", POSITIVE),
