@@ -77,7 +77,7 @@ def calibrated_temperature(differ: float, images_each: float) -> float:
         images_each: images that a cluster saw in an epoch, on average.
 
     """
-    return float(0.36 * (differ + 0.005) ** 0.27 * images_each**0.33)
+    return float(0.41 * (differ + 0.005) ** 0.21 * images_each**0.27)
 
 
 def concatenate(parts: Sequence[Assignment]) -> Assignment:

@@ -167,5 +167,5 @@ def test_the_temperature_moves_confidence_and_no_image():
 
 
 def test_the_temperature_is_that_of_the_law_and_falls_where_both_predictions_agree():
-    assert calibrated_temperature(0.095, 100) == pytest.approx(0.36 * 0.1**0.27 * 100**0.33)
+    assert calibrated_temperature(0.095, 100) == pytest.approx(0.41 * 0.1**0.21 * 100**0.27)
     assert calibrated_temperature(0.0, 100) < calibrated_temperature(0.1, 100) < calibrated_temperature(0.1, 200)
