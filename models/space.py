@@ -57,9 +57,7 @@ def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
     return Space(mean_F=mean_F, axes_FD=main_FD.contiguous())
 
 
-def discriminant(
-    main: Space, features_NF: np.ndarray, *, dimensions: int, neighbours: int, shrinkage: float
-) -> Space:
+def discriminant(main: Space, features_NF: np.ndarray, *, dimensions: int, neighbours: int, shrinkage: float) -> Space:
     """The directions along which images differ most for how little neighbours do.
 
     Unsupervised discriminant projection (Yang, Zhang, Yang and Niu, PAMI 2007): neighbours stand in for images of one
