@@ -61,7 +61,8 @@ def discriminant(main: Space, features_NF: np.ndarray, *, dimensions: int, neigh
     """The directions along which images differ most for how little neighbours do.
 
     Unsupervised discriminant projection (Yang, Zhang, Yang and Niu, PAMI 2007): neighbours stand in for images of one
-    class, so that no label is needed. A direction's length makes its local scatter one.
+    class, so that no label is needed. Scatter is that of unit vectors along the main directions, and every direction is
+    as long as makes its scatter between neighbours one.
 
     Args:
         main: the main directions, which the others are combinations of.
@@ -76,17 +77,17 @@ def discriminant(main: Space, features_NF: np.ndarray, *, dimensions: int, neigh
     asked_Q = np.arange(0, len(x_ND), max(1, len(x_ND) // SCATTERED))
     near_QM = nearest(x_ND, neighbours, rows=asked_Q)
     size = x_ND.shape[1]
-    local_DD = np.zeros((size, size))
-    for near_Q in near_QM.T:
-        apart_QD = x_ND[asked_Q] - x_ND[near_Q]
-        local_DD += apart_QD.T @ apart_QD / (2 * near_QM.size)
-    total_DD = np.cov(x_ND, rowvar=False, dtype=np.float64).reshape(size, size)
-    if np.trace(local_DD) <= 1e-9 * np.trace(total_DD):  # copies, or no neighbours
-        return Space(mean_F=main.mean_F, axes_FD=main.axes_FD[:, :dimensions].contiguous())
-    towards = max(shrinkage, 1e-6)  # keeps it invertible
-    shrunk_DD = (1 - towards) * local_DD + towards * np.trace(local_DD) / size * np.eye(size)
     kept = min(dimensions, size)
-    with threadpool_limits(1, user_api="blas"):
+    with threadpool_limits(1, user_api="blas"):  # sums in one order
+        local_DD = np.zeros((size, size))
+        for near_Q in near_QM.T:
+            apart_QD = x_ND[asked_Q] - x_ND[near_Q]
+            local_DD += apart_QD.T @ apart_QD / (2 * near_QM.size)
+        total_DD = np.cov(x_ND, rowvar=False, dtype=np.float64).reshape(size, size)
+        if np.trace(local_DD) <= 1e-9 * np.trace(total_DD):  # copies, or no neighbours
+            return Space(mean_F=main.mean_F, axes_FD=main.axes_FD[:, :kept].contiguous())
+        towards = max(shrinkage, 1e-6)  # keeps it invertible
+        shrunk_DD = (1 - towards) * local_DD + towards * np.trace(local_DD) / size * np.eye(size)
         _, vectors_DK = eigh(total_DD, shrunk_DD, subset_by_index=[size - kept, size - 1])
     axes_FK = main.axes_FD @ torch.from_numpy(vectors_DK[:, ::-1].astype(np.float32))
     return Space(mean_F=main.mean_F, axes_FD=axes_FK.contiguous())
