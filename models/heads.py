@@ -49,7 +49,7 @@ FEW = 4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(SclConfig):
-    """Settings on frozen features; the defaults were chosen by `benchmarks.choices`."""
+    """Settings on frozen features; `docs/decisions/` 0010, 0011 and 0017 say how the defaults were chosen."""
 
     dimensions: int = 96
     main_dimensions: int = 256  # principal axes that those are combinations of

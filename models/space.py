@@ -24,7 +24,7 @@ BLOCK = 8192
 GATHERED = 1024
 # Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
 EXACT_LIMIT = 50_000
-# Images whose neighbours tell the local scatter: enough for a matrix of some hundred axes.
+# About so many images' neighbours tell the local scatter, up to twice as many: enough for some hundred axes.
 SCATTERED = 4096
 # Up to here k-means looks at every image in every round; above, at batches.
 LLOYD_LIMIT = 20_000
@@ -149,17 +149,16 @@ def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None) -> 
     inverted file above; never quadratic in memory. `rows` are the images that are asked about, all by default.
     """
     own_N = np.arange(len(x_ND)) if rows is None else rows
-    n = len(own_N)
     if count == 0:
         return own_N[:, None]
-    found_NM = search(x_ND, x_ND if rows is None else x_ND[rows], count + 1)
+    found_NM = search(x_ND, x_ND[own_N], count + 1)
     # Copies of an image may come before it: drop the image itself wherever it stands, else the last.
     found_NM = np.where(found_NM < 0, own_N[:, None], found_NM)
     itself_NM = found_NM == own_N[:, None]
     itself_NM[~itself_NM.any(axis=1), -1] = True
     drop_N = itself_NM.argmax(axis=1)
     keep_NM = np.arange(count + 1)[None, :] != drop_N[:, None]
-    neighbours_NM: np.ndarray = found_NM[keep_NM].reshape(n, count)
+    neighbours_NM: np.ndarray = found_NM[keep_NM].reshape(-1, count)
     return neighbours_NM
 
 
