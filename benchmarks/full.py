@@ -1,7 +1,7 @@
 """Training the backbone at an equal budget: `python -m benchmarks.full --data cifar10.zip:10000 --epochs 12`.
 
 SCL, SimCLR with k-means on either of its feature layers, and CC train the same network on the same images, views and
-steps. Two runs go side by side, a thread each. Prints ACC, NMI and ARI as mean ± sd over the seeds, and with
+steps. Runs go side by side and share the cores. Prints ACC, NMI and ARI as mean ± sd over the seeds, and with
 `--figure FILE` draws how ACC rose with the epochs. With `--pretrained` the backbone starts from its own weights, and a
 line for the heads on it as it was, `head`, stands beside what the training made of it.
 """
@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from joblib import cpu_count
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", action="store_true", help="start from the backbone's own weights")
     parser.add_argument("--image-size", type=int, default=32, metavar="P")
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as JSON lines")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, which the runs share; default cpu")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as a JSON line as it comes")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the learning curves")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,7 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             asked = [
                 pool.submit(
-                    run, method, seed, file, truth, options.epochs, options.backbone, pretrained=options.pretrained
+                    run,
+                    method,
+                    seed,
+                    file,
+                    truth,
+                    options.epochs,
+                    options.backbone,
+                    pretrained=options.pretrained,
+                    device=options.device,
+                    threads=max(1, cpu_count() // options.jobs),
+                    record=options.record,
                 )
                 for seed in range(options.seeds)
                 for method in options.methods
@@ -66,9 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = []
             for job in asked:
                 rows.extend(job.result())
-                if options.record:
-                    with options.record.open("a") as record:
-                        record.writelines(json.dumps(row) + "\n" for row in job.result())
                 last = [row for row in job.result() if row["epoch"] == options.epochs]
                 for row in last:
                     print(json.dumps(row), flush=True)
@@ -78,10 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(
-    method: str, seed: int, file: Path, truth: Sequence[str], epochs: int, backbone: str, *, pretrained: bool
+    method: str,
+    seed: int,
+    file: Path,
+    truth: Sequence[str],
+    epochs: int,
+    backbone: str,
+    *,
+    pretrained: bool,
+    device: str,
+    threads: int,
+    record: Path | None,
 ) -> list[dict[str, float | str]]:
     """Train one network; what its groupings scored at some epochs, the last one included."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
     training = Training(
         np.load(file, mmap_mode="r"),
         objective=OBJECTIVES[method],
@@ -90,25 +110,34 @@ def run(
         clusters=len(set(truth)),
         epochs=epochs,
         seed=seed,
+        device=device,
     )
     marks = {round(epochs * mark / MARKS) for mark in range(1, MARKS + 1)}
     rows: list[dict[str, float | str]] = []
+
+    def found(name: str, epoch: int, labels_N: np.ndarray) -> None:
+        spent = {"cpu_s": trained_cpu_s, "seconds": trained_s}
+        rows.append({"method": name, "seed": seed, "epoch": epoch, **spent, **quality(truth, labels_N)})
+        if record:
+            with record.open("a") as lines:
+                lines.write(json.dumps(rows[-1]) + "\n")
+
+    trained_s = trained_cpu_s = 0.0
     if pretrained:
         head = training.objective.answer(training.features(), seed=seed, restarts=RESTARTS)
-        rows.append({"method": "head", "seed": seed, "epoch": epochs, "cpu_s": 0.0})
-        rows[-1].update(quality(truth, head.assignment.labels_N))
-    seen, trained_s, started = 0, 0.0, time.process_time()
+        found("head", epochs, head.assignment.labels_N)
+    seen, started, started_cpu = 0, time.perf_counter(), time.process_time()
     for step in training.run():
         epoch = step.done // training.steps
         if step.done % training.steps or epoch == seen:
             continue
         seen = epoch
         if epoch in marks:
-            trained_s += time.process_time() - started
+            trained_s += time.perf_counter() - started
+            trained_cpu_s += time.process_time() - started_cpu
             for layer, labels_N in answers(method, training.objective, training.features(), seed).items():
-                rows.append({"method": layer, "seed": seed, "epoch": epoch, "cpu_s": trained_s})
-                rows[-1].update(quality(truth, labels_N))
-            started = time.process_time()
+                found(layer, epoch, labels_N)
+            started, started_cpu = time.perf_counter(), time.process_time()
     return rows
 
 
@@ -124,11 +153,12 @@ def answers(method: str, objective: Objective, features_NF: np.ndarray, seed: in
 
 
 def print_table(rows: Sequence[dict[str, Any]], epochs: int) -> None:
-    print(f"{'method':<32} {'ACC':>15} {'NMI':>15} {'ARI':>15} {'CPU s':>8}")
+    print(f"{'method':<32} {'ACC':>15} {'NMI':>15} {'ARI':>15} {'seconds':>8} {'CPU s':>8}")
     for method in dict.fromkeys(row["method"] for row in rows):
         last = [row for row in rows if row["method"] == method and row["epoch"] == epochs]
         cells = " ".join(f"{spread([row[name] for row in last]):>15}" for name in ("acc", "nmi", "ari"))
-        print(f"{method:<32} {cells} {statistics.mean(row['cpu_s'] for row in last):>8.0f}")
+        spent = " ".join(f"{statistics.mean(row[name] for row in last):>8.0f}" for name in ("seconds", "cpu_s"))
+        print(f"{method:<32} {cells} {spent}")
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:

@@ -166,7 +166,8 @@ class Training:
                 if found:
                     groups.append({"params": found, "lr": rate, "peak_rate": rate, "weight_decay": decay})
         if config.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
+            # The fused one wants all parameters of a group to have had a gradient, or none.
+            return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
         return torch.optim.AdamW(groups, fused=True)
 
     def run(self) -> Generator[Step, None, None]:

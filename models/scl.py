@@ -225,7 +225,15 @@ class Scl(Objective):
         from models import heads  # noqa: PLC0415  # heads are made of the terms above
 
         x_ND = self.layers(features_NF)[self.config.layer]
-        return finish(heads.train(x_ND, clusters=self.clusters, epochs=heads.EPOCHS, restarts=restarts, seed=seed))
+        steps = heads.train(
+            x_ND,
+            clusters=self.clusters,
+            epochs=heads.EPOCHS,
+            restarts=restarts,
+            seed=seed,
+            device=str(self.centres_KD.device),
+        )
+        return finish(steps)
 
     @torch.no_grad()
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:

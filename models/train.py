@@ -119,6 +119,7 @@ def group(
     grouping.metrics["auto"] = job.estimate
     grouping.metrics["seconds"] = clock.seconds
     grouping.metrics["backbone_sha256"] = digest(config.backbone, config.weights)
+    grouping.metrics["device"] = "cpu" if own_device == "cpu" else torch.cuda.get_device_name(own_device)
     return grouping
 
 

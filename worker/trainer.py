@@ -132,7 +132,8 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
         provenance={
             "kindred": version("kindred"),
             "torch": version("torch"),
-            "backbone_sha256": grouping.metrics.get("backbone_sha256"),
+            "device": grouping.metrics["device"],
+            "backbone_sha256": grouping.metrics["backbone_sha256"],
         },
     )
 

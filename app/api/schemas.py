@@ -157,7 +157,7 @@ class RunOut(BaseModel):
     )
     parameters: dict[str, Any] = Field(description="As asked, with what was left open resolved once the run starts.")
     metrics: dict[str, Any] | None
-    provenance: dict[str, Any] | None = Field(description="Code version and backbone digest.")
+    provenance: dict[str, Any] | None = Field(description="Versions, the device that trained, the backbone's digest.")
     problem: Problem | None
     cancel_requested: bool
     created_at: datetime

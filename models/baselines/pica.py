@@ -52,11 +52,15 @@ class Pica(Objective):
         self.config = config or PicaConfig()
         self.head = linear(feature_size, clusters)
         self.auxiliary = linear(feature_size, max(self.config.over_clusters, math.ceil(3.5 * clusters)))
-        self.trained = self.head
+        self.epoch = 0
 
     def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def trained(self) -> nn.Linear:
         """The heads take turns, and the one that answers has the last."""
-        self.trained = self.auxiliary if (self.epochs - epoch) % 2 == 0 else self.head
+        return self.auxiliary if (self.epochs - self.epoch) % 2 == 0 else self.head
 
     def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
         del rows_B

@@ -1,10 +1,11 @@
 """One small `full` training in a process of its own, for the tests that kill it or start several of it.
 
-python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double]
+python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double] [--device cuda] [--shared]
 """
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -84,7 +86,13 @@ def main():
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--double", action="store_true", help="in float64, where sums in another order hardly differ")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shared", action="store_true", help="two processes on one GPU, by gloo: NCCL refuses")
     options = parser.parse_args()
+    if options.shared:
+        os.environ["LOCAL_RANK"] = "0"
+        start = dist.init_process_group
+        dist.init_process_group = lambda _backend, **settings: start("gloo", **settings)
     stopped = False
 
     def stop():
@@ -104,7 +112,7 @@ def main():
         network = networks.network
         networks.network = lambda *args, **kwargs: network(*args, **kwargs).double()
         settings["objective"] = lambda **kwargs: Remembering(**kwargs).double()
-    with distributed.process_group("cpu") as device:
+    with distributed.process_group(options.device) as device:
         training = full.Training(
             pictures()[0],
             **settings,
@@ -141,7 +149,7 @@ def main():
                 options.out / "end.npz",
                 labels=fit.assignment.labels_N,
                 features=features_NF,
-                **{name: value.numpy() for name, value in state.items()},
+                **{name: value.cpu().numpy() for name, value in state.items()},
             )
         (options.out / f"losses-{distributed.rank()}.json").write_text(json.dumps(losses))
 

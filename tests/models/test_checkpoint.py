@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from models import checkpoint, full
+from models.baselines.cc import Cc
+from models.baselines.pica import Pica
+from models.baselines.simclr import Simclr
 from models.checkpoint import Checkpoint, Damaged, OtherRun
 from models.full import FullConfig
+from models.scl import Scl
 from tests.checkpoints import steps_done
-from tests.models.full_run import SETTINGS, pictures
+from tests.models.full_run import SETTINGS, Remembering, pictures
 
 RUN = {"seed": 1, "engine": {"batch": 16}, "weights": None}
 
@@ -134,9 +138,20 @@ def make(tmp_path, *, optimizer="adamw", **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, optimizer):
-    undisturbed = end_of(make(None, optimizer=optimizer))
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [
+        (Remembering, "adamw"),
+        (Remembering, "sgd"),
+        (Scl, "adamw"),
+        (Scl, "sgd"),
+        (Simclr, "adamw"),
+        (Cc, "adamw"),
+        (Pica, "adamw"),
+    ],
+)
+def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, objective, optimizer):
+    undisturbed = end_of(make(None, objective=objective, optimizer=optimizer))
     done = 0
     for steps in (1, 2, 1, 3, 1):  # that one gets to see, of 9 in epochs of 3; the last of them is lost
         asked = iter(range(1, steps + 1))
@@ -146,7 +161,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, opt
                 raise Killed
             return False
 
-        training = make(tmp_path, optimizer=optimizer, stop=kill)
+        training = make(tmp_path, objective=objective, optimizer=optimizer, stop=kill)
         torch.manual_seed(99)  # a new process knows nothing of the old one's generator
         running = training.run()
         assert next(running).done == done
@@ -154,7 +169,7 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bits(tmp_path, opt
             for _ in running:
                 pass
         done += steps - 1
-    resumed = make(tmp_path, optimizer=optimizer)
+    resumed = make(tmp_path, objective=objective, optimizer=optimizer)
     torch.manual_seed(99)
     ended = end_of(resumed)
     assert undisturbed.keys() == ended.keys()

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 from sqlalchemy import func, select, text
 
 from app import storage
@@ -100,6 +101,7 @@ def test_a_run_ends_with_labels_for_every_image():
     assert run.parameters["epochs"] is not None
     assert run.provenance is not None
     assert len(run.provenance["backbone_sha256"]) == 64
+    assert run.provenance["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     with open_session() as session:
         assert results.sizes(session, run_id) == [10, 10]
         assert session.scalar(select(func.count()).select_from(Assignment)) == 20
