@@ -33,40 +33,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Selection.parse, required=True, metavar="ZIP", help="ZIP or ZIP:N")
     parser.add_argument("--rounds", type=int, default=3, metavar="R", help="of the whole way; default 3")
     parser.add_argument("--steps", type=int, default=30, metavar="S", help="of full training; default 30")
+    parser.add_argument("--backbone", default="resnet10_slim", help="of full training; default resnet10_slim")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1; default cpu")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(options.data, Path(scratch) / "images")
-        ratios = [whole_way(sources, len(set(truth)), Path(scratch)) for _ in range(options.rounds)]
+        ratios = [whole_way(sources, len(set(truth)), Path(scratch), options.device) for _ in range(options.rounds)]
         print(f"head_end_to_end_ratio: {statistics.median(ratios):.2f}", flush=True)
         small_NSSC = finish(pixels.gather(sources, image_size=32, cache_dir=None, threads=cpu_count()))
-    print(f"full_step_ratio: {full_step(small_NSSC, options.steps):.2f}")
+    print(f"full_step_ratio: {full_step(small_NSSC, options.steps, options.backbone, options.device):.2f}")
 
 
-def whole_way(sources: list[Source], clusters: int, scratch: Path) -> float:
+def whole_way(sources: list[Source], clusters: int, scratch: Path, device: str) -> float:
     """Seconds from files to labels over seconds of the bare forward pass, one after the other."""
     decoded_NSSC = finish(
         pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=scratch / "pixels", threads=cpu_count())
     )
-    encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cpu_count(), device="cpu")
+    encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cpu_count(), device=device)
     encode(np.array(decoded_NSSC[:BATCH]))
     started = time.perf_counter()
     for start in range(0, len(decoded_NSSC), BATCH):
         encode(np.array(decoded_NSSC[start : start + BATCH]))
     bare_s = time.perf_counter() - started
     started = time.perf_counter()
-    grouping = finish(group(Config(clusters=clusters, image_size=IMAGE_SIZE), sources, cache_dir=None))
+    grouping = finish(group(Config(clusters=clusters, image_size=IMAGE_SIZE), sources, cache_dir=None, device=device))
     whole_s = time.perf_counter() - started
     stages = ", ".join(f"{name} {value:.1f}" for name, value in grouping.metrics["seconds"].items())
     print(f"bare forward {bare_s:.1f} s; whole {whole_s:.1f} s ({stages}): {whole_s / bare_s:.2f}", flush=True)
     return whole_s / bare_s
 
 
-def full_step(pixels_NSSC: np.ndarray, steps: int) -> float:
+def full_step(pixels_NSSC: np.ndarray, steps: int, backbone: str, device: str) -> float:
     """Seconds of a training step over those of a bare forward and backward pass of two views; medians of the steps."""
     torch.set_num_threads(cpu_count())
     training = Training(
-        pixels_NSSC, objective=Scl, backbone="resnet10_slim", weights="random", clusters=10, epochs=2, seed=0
+        pixels_NSSC,
+        objective=Scl,
+        backbone=backbone,
+        weights="random",
+        clusters=10,
+        epochs=2,
+        seed=0,
+        device=device,
     )
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     training.begin_epoch(1)  # clusters exist in the second half
     ready_XCSS, whole_s, bare_s = None, [], []
     for rows_G, pixels_BSSC in training.batches(0, 0):
@@ -74,10 +84,13 @@ def full_step(pixels_NSSC: np.ndarray, steps: int) -> float:
             ready_XCSS = training.views(pixels_BSSC)
         if len(pixels_BSSC) * 2 != len(ready_XCSS):
             continue
+        wait()
         started = time.perf_counter()
         training.step(rows_G, pixels_BSSC)
+        wait()
         between = time.perf_counter()
         training.forward(ready_XCSS).square().mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        wait()
         whole_s.append(between - started)
         bare_s.append(time.perf_counter() - between)
         training.optimizer.zero_grad()

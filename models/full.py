@@ -244,7 +244,7 @@ class Training:
                 ready = ahead.result()
                 if number + 1 < len(rows):
                     ahead = pool.submit(fetch, rows[number + 1])
-                yield rows_G.to(self.device), ready.to(self.device, non_blocking=True)
+                yield rows_G.to(self.device, non_blocking=True), ready.to(self.device, non_blocking=True)
 
     def step(self, rows_G: Tensor, pixels_BSSC: Tensor) -> dict[str, float]:
         """One step of the optimiser on this batch."""

@@ -97,7 +97,7 @@ def train(
     )
     z_ND, sample_S = axes.project(features_NF).to(device), sample_S.to(device)
     z_SD = z_ND[sample_S]
-    neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted)).to(device)
+    neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted, device=device)).to(device)
     seeds = [seed_of(seed, restart) for restart in range(restarts)]
     at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))
     groups = [
@@ -130,7 +130,7 @@ def train(
     neighbours_NM = neighbours_SM
     if len(z_SD) < len(z_ND):
         # An image of the sample that finds itself among its neighbours has one vote in some more.
-        found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1])
+        found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1], device=device)
         neighbours_NM = torch.from_numpy(found_NM).to(device)
     assignment = committee.answer(z_ND, neighbours_NM)
     for _ in range(REFILLS):

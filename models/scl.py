@@ -164,7 +164,8 @@ class Scl(Objective):
             self.centres_KD.copy_(normalize(torch.from_numpy(found_KD), dim=1))
             self.mean_K.copy_(softmax(self.logits(self.memory_ND), dim=1).mean(dim=0))
         voters = self.neighbours_NM.shape[1] if self.images > 1 else 0
-        self.neighbours_NM.copy_(torch.from_numpy(space.nearest(memory_ND, min(voters, self.images - 1))))
+        found_NM = space.nearest(memory_ND, min(voters, self.images - 1), device=str(self.memory_ND.device))
+        self.neighbours_NM.copy_(torch.from_numpy(found_NM))
 
     def logits(self, x_BD: Tensor) -> Tensor:
         return boundary_logits(x_BD, self.centres_KD, temperature=self.config.boundary_temperature)

@@ -24,6 +24,8 @@ BLOCK = 8192
 GATHERED = 1024
 # Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
 EXACT_LIMIT = 50_000
+# The same on a GPU, which then multiplies a block of images with all of them at a time.
+EXACT_LIMIT_CUDA = 250_000
 # About so many images' neighbours tell the local scatter, up to twice as many: enough for some hundred axes.
 SCATTERED = 4096
 # Up to here k-means looks at every image in every round; above, at batches.
@@ -142,7 +144,7 @@ def neighbour_count(images: int, clusters: int, *, wanted: int) -> int:
     return max(0, min(wanted, images // clusters - 1))
 
 
-def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None) -> np.ndarray:
+def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None, device: str = "cpu") -> np.ndarray:
     """The `count` most similar other images of each image, as indices of shape (N, M), most similar first.
 
     With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, by an
@@ -151,7 +153,7 @@ def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None) -> 
     own_N = np.arange(len(x_ND)) if rows is None else rows
     if count == 0:
         return own_N[:, None]
-    found_NM = search(x_ND, x_ND[own_N], count + 1)
+    found_NM = search(x_ND, x_ND[own_N], count + 1, device=device)
     # Copies of an image may come before it: drop the image itself wherever it stands, else the last.
     found_NM = np.where(found_NM < 0, own_N[:, None], found_NM)
     itself_NM = found_NM == own_N[:, None]
@@ -162,9 +164,14 @@ def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None) -> 
     return neighbours_NM
 
 
-def search(among_SD: np.ndarray, x_ND: np.ndarray, count: int) -> np.ndarray:
+def search(among_SD: np.ndarray, x_ND: np.ndarray, count: int, *, device: str = "cpu") -> np.ndarray:
     """For each row of `x_ND` the `count` most similar rows of `among_SD`, int64 (N, count), -1 where none was found."""
     n, dimensions = among_SD.shape
+    if device != "cpu" and count <= n <= EXACT_LIMIT_CUDA:
+        among_DS, asked_ND = torch.from_numpy(among_SD).to(device).T, torch.from_numpy(x_ND).to(device)
+        parts = [(asked_ND[some] @ among_DS).topk(count, dim=1).indices for some in blocks(len(x_ND), GATHERED)]
+        nearest_NM: np.ndarray = torch.cat(parts).cpu().numpy()
+        return nearest_NM
     index: Any = faiss.IndexFlatIP(dimensions)
     if n > EXACT_LIMIT:
         cells = int(4 * n**0.5)

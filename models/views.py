@@ -7,7 +7,7 @@ Hue is turned in YIQ, where it is linear too, instead of in HSV.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from models.networks import Colour
 from models.objective import Strength
 
 GRAY = (0.299, 0.587, 0.114)
+# Y is the luma of GRAY; I and Q of the NTSC standard.
+TO_YIQ = torch.tensor([GRAY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+FROM_YIQ = torch.linalg.inv(TO_YIQ)
 TRIES = 10  # draws of a crop that may stick out of the image before all of the image is taken
 
 
@@ -134,8 +137,13 @@ def plain(pixels_BHWC: Tensor, *, mean: Colour, std: Colour) -> Tensor:
     return normalise(pixels_BHWC.permute(0, 3, 1, 2).float() / 255, mean=mean, std=std)
 
 
+def constant(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
+    """These numbers beside `like`; unlike `new_tensor` it does not wait until a GPU has done all that it was told."""
+    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def normalise(x_BCHW: Tensor, *, mean: Colour, std: Colour) -> Tensor:
-    x_BCHW = (x_BCHW - x_BCHW.new_tensor(mean)[:, None, None]) / x_BCHW.new_tensor(std)[:, None, None]
+    x_BCHW = (x_BCHW - constant(mean, x_BCHW)[:, None, None]) / constant(std, x_BCHW)[:, None, None]
     return x_BCHW.contiguous(memory_format=torch.channels_last)
 
 
@@ -151,7 +159,7 @@ def crop(x_BCHW: Tensor, choices: Draw) -> Tensor:
     across_B3 = torch.stack([side_B, nil_B, 2 * left_B + width_B - 1], dim=1)
     down_B3 = torch.stack([nil_B, height_B, 2 * top_B + height_B - 1], dim=1)
     grid_BHW2 = affine_grid(torch.stack([across_B3, down_B3], dim=1), list(x_BCHW.shape), align_corners=False)
-    half_2 = torch.tensor([1 / x_BCHW.shape[3], 1 / x_BCHW.shape[2]], device=x_BCHW.device)
+    half_2 = constant((1 / x_BCHW.shape[3], 1 / x_BCHW.shape[2]), x_BCHW)
     low_B2 = torch.stack([2 * left_B - 1, 2 * top_B - 1], dim=1) + half_2
     high_B2 = torch.stack([2 * (left_B + width_B) - 1, 2 * (top_B + height_B) - 1], dim=1) - half_2
     grid_BHW2 = grid_BHW2.clamp(low_B2[:, None, None], high_B2[:, None, None])
@@ -170,7 +178,7 @@ def recolour(x_BCHW: Tensor, choices: Draw) -> Tensor:
 def colour_map(mean_BC: Tensor, choices: Draw) -> tuple[Tensor, Tensor]:
     """The matrix and the offset that all colour changes together amount to, for images of these mean colours."""
     eye_CC = torch.eye(3, device=mean_BC.device)
-    gray_C = mean_BC.new_tensor(GRAY)
+    gray_C = constant(GRAY, mean_BC)
     gray_CC = gray_C.expand(3, 3)
     matrix_BCC = choices.brightness_B[:, None, None] * eye_CC
     # Contrast mixes with the image's mean gray.
@@ -186,15 +194,12 @@ def colour_map(mean_BC: Tensor, choices: Draw) -> tuple[Tensor, Tensor]:
 
 def hue_turn(turn_B: Tensor) -> Tensor:
     """Matrices (B, 3, 3) that turn the colours around the gray axis of YIQ by a share of a full turn."""
-    # Y is the luma of GRAY; I and Q of the NTSC standard.
-    to_yiq_CC = turn_B.new_tensor([GRAY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
     angle_B = turn_B * (2 * math.pi)
     cosine_B, sine_B = angle_B.cos(), angle_B.sin()
     nil_B, one_B = torch.zeros_like(angle_B), torch.ones_like(angle_B)
     # From red over yellow to green, as in HSV, is against the direction from I to Q.
     turn_BCC = torch.stack([one_B, nil_B, nil_B, nil_B, cosine_B, sine_B, nil_B, -sine_B, cosine_B], dim=1)
-    from_yiq_CC: Tensor = torch.linalg.inv(to_yiq_CC)
-    return from_yiq_CC @ turn_BCC.view(-1, 3, 3) @ to_yiq_CC
+    return constant(FROM_YIQ, turn_B) @ turn_BCC.view(-1, 3, 3) @ constant(TO_YIQ, turn_B)
 
 
 def blur(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shared", action="store_true", help="two processes on one GPU, by gloo: NCCL refuses")
     options = parser.parse_args()
+    # On a GPU: no 19-bit products, and sums in one order.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     if options.shared:
         os.environ["LOCAL_RANK"] = "0"
         start = dist.init_process_group

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from models import backbones, heads, metrics, views
+from models import backbones, heads, metrics, space, views
 from models.backbones import torch_encoder
 from models.baselines import scan, temi
 from models.baselines.cc import Cc
@@ -202,6 +202,15 @@ def test_heads_group_as_on_the_cpu(train, groups):
     assert adjusted_rand_score(found[0].labels_N, found[1].labels_N) > 0.95
     assert abs(found[0].confidence_N.mean() - found[1].confidence_N.mean()) < 0.02
     assert adjusted_rand_score(class_N, found[1].labels_N) > 0.8
+
+
+def test_neighbours_are_those_of_the_cpu(groups):
+    x_ND = space.unit(groups[0])
+    expected, found = (space.nearest(x_ND, 15, device=device) for device in ("cpu", "cuda"))
+    assert found.shape == (1200, 15)
+    same = [len(set(one) & set(other)) for one, other in zip(expected.tolist(), found.tolist(), strict=True)]
+    assert np.mean(same) > 14.9  # but for those that are as near as each other
+    assert not (found == np.arange(1200)[:, None]).any()
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
