@@ -76,7 +76,11 @@ def full_step(pixels_NSSC: np.ndarray, steps: int, backbone: str, device: str) -
         seed=0,
         device=device,
     )
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
     training.begin_epoch(1)  # clusters exist in the second half
     ready_XCSS, whole_s, bare_s = None, [], []
     for rows_G, pixels_BSSC in training.batches(0, 0):
