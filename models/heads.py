@@ -49,11 +49,11 @@ FEW = 4
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(SclConfig):
-    """Settings on frozen features; `docs/decisions/` 0010, 0011 and 0017 say how the defaults were chosen."""
+    """Settings on frozen features; `docs/decisions/` 0010, 0011, 0017 and 0018 say how the defaults were chosen."""
 
     dimensions: int = 96
     main_dimensions: int = 256  # principal axes that those are combinations of
-    shrinkage: float = 0.5  # of the scatter between neighbours; 1 takes principal axes as they are
+    shrinkage: float | None = None  # of the scatter between neighbours; None: by `shrunk`; 1: principal axes
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
     sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
@@ -62,7 +62,14 @@ class HeadConfig(SclConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "dimensions", "main_dimensions", "batch", "epoch_images", "sample", "learning_rate")
-        check_share(self, "shrinkage")
+        if self.shrinkage is not None:
+            check_share(self, "shrinkage")
+
+    def shrunk(self, images: int, clusters: int) -> float:
+        """By default a half; less where many clusters have to be told apart, unless each has but few images."""
+        if self.shrinkage is not None:
+            return self.shrinkage
+        return min(0.5, max(6 / clusters, 3 * clusters / images))
 
     def drawn(self, images: int, clusters: int) -> int:
         """Images that an epoch looks at."""
@@ -93,7 +100,7 @@ def train(
         features_NF[sample_S.numpy()],
         dimensions=config.dimensions,
         neighbours=wanted,
-        shrinkage=config.shrinkage,
+        shrinkage=config.shrunk(len(sample_S), clusters),
     )
     z_ND, sample_S = axes.project(features_NF).to(device), sample_S.to(device)
     z_SD = z_ND[sample_S]

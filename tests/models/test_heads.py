@@ -203,3 +203,20 @@ def test_starts_are_as_many_as_asked_and_means_of_their_groups():
     assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0))
     np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0)[0], x_ND.mean(axis=0), atol=1e-5)
     assert starts.centres(x_ND[:3], 3, seed=0).shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "clusters", "shrinkage"),
+    [
+        (10_000, 2, 0.5),
+        (10_000, 12, 0.5),
+        (10_000, 24, 0.25),
+        (6000, 60, 0.1),
+        (600, 50, 0.25),
+        (600, 100, 0.5),
+        (60, 40, 0.5),
+    ],
+)
+def test_the_scatter_is_shrunk_by_how_many_clusters_and_images_there_are(images, clusters, shrinkage):
+    assert HeadConfig().shrunk(images, clusters) == shrinkage
+    assert HeadConfig(shrinkage=0.3).shrunk(images, clusters) == 0.3
