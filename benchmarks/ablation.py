@@ -36,6 +36,7 @@ VARIANTS = {
     "+ consistency, instance contrast": Variant(config=HeadConfig(contrast="instance")),
     "without trust": Variant(config=HeadConfig(trust=False)),
     "with balance": Variant(config=HeadConfig(balance=0.5)),
+    "always halfway shrunk": Variant(config=HeadConfig(shrinkage=0.5)),
     "principal axes": Variant(config=HeadConfig(shrinkage=1.0)),
     "assigned by similarity": Variant(config=HeadConfig(rule="similarity")),
     "assigned by boundary": Variant(config=HeadConfig(rule="boundary")),

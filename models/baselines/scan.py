@@ -10,7 +10,9 @@ clusters balanced, and lasts four times as many epochs as the clustering.
 Adapted to frozen features, chosen on CIFAR-10: neighbours are those of the backbone and not of a pretext network,
 features are standardised, and dropout of half of them stands in for the strong augmentations of the second step.
 The optimiser is Adam at a rate of 1e-3 with batches of 128 (public: SGD at 5 with 512 for frozen features, Adam at
-1e-4 with 128 for whole networks). A collection without confident images keeps the clustering step's answer.
+1e-4 with 128 for whole networks), and of ten images a cluster where that is more (public: 512 for 50 classes, 1,024 for
+200), since its entropy asks for all clusters in a batch. A collection without confident images keeps the clustering
+step's answer.
 
 Letters in shapes: N images, B batch, H heads, K clusters, F features, M neighbours, S images of a sample.
 """
@@ -41,7 +43,8 @@ class ScanConfig:
     label_batch: int = 1000
     label_epochs: int = 4  # for each epoch of clustering
 
-    batch: int = 128
+    batch: int = 128  # of clustering, or `batch_each` for every cluster if that is more
+    batch_each: int = 10
     least_steps: int = 15  # of clustering in an epoch, however few images there are
     learning_rate: float = 1e-3
     dropped: float = 0.5  # share of the features in self-labelling
@@ -49,7 +52,9 @@ class ScanConfig:
 
     def __post_init__(self) -> None:
         check_positive(
-            self, "neighbours", "label_batch", "label_epochs", "batch", "least_steps", "learning_rate", "sample"
+            self,
+            *("neighbours", "label_batch", "label_epochs", "batch", "batch_each"),
+            *("least_steps", "learning_rate", "sample"),
         )
         check_not_negative(self, "entropy_weight")
         check_below_one(self, "threshold", "dropped")
@@ -176,7 +181,8 @@ class ClusteringStep:
     def epoch(self) -> float:
         """One pass over the collection, more over a small one; the mean loss of a head."""
         config, losses = self.config, []
-        for rows in batches(len(self.table), config.batch, least=config.least_steps, generator=self.generator):
+        size = max(config.batch, config.batch_each * self.heads.clusters)
+        for rows in batches(len(self.table), size, least=config.least_steps, generator=self.generator):
             rows_B = rows.to(self.neighbours_NM.device)
             pairs_B = partners(self.neighbours_NM, rows_B, generator=self.generator)
             p_HBK = softmax(self.heads.logits(self.table[rows_B]), dim=2)

@@ -211,3 +211,17 @@ def test_nonsense_settings_are_refused():
         ScanConfig(entropy_weight=-1)
     with pytest.raises(ValueError, match="batch is 0"):
         ScanConfig(batch=0)
+
+
+@pytest.mark.parametrize(("clusters", "size"), [(3, 128), (12, 128), (40, 400)])
+def test_scans_batches_have_room_for_every_cluster(clusters, size, monkeypatch):
+    asked, plain = [], scan.batches
+
+    def batches(images, wanted, **settings):
+        asked.append(wanted)
+        return plain(images, wanted, **settings)
+
+    monkeypatch.setattr(scan, "batches", batches)
+    features_NF = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float16)
+    finish(scan.train(features_NF, clusters=clusters, epochs=1, restarts=1, seed=0))
+    assert asked[0] == size
