@@ -1,9 +1,9 @@
 """Training the backbone at an equal budget: `python -m benchmarks.full --data cifar10.zip:10000 --epochs 12`.
 
 SCL, SimCLR with k-means on either of its feature layers, and CC train the same network on the same images, views and
-steps. Runs go side by side and share the cores. Prints ACC, NMI and ARI as mean ± sd over the seeds, and with
-`--figure FILE` draws how ACC rose with the epochs. With `--pretrained` the backbone starts from its own weights, and a
-line for the heads on it as it was, `head`, stands beside what the training made of it.
+steps. Two runs go side by side, a thread each; on a GPU they share the cores. Prints ACC, NMI and ARI as mean ± sd over
+the seeds, and with `--figure FILE` draws how ACC rose with the epochs. With `--pretrained` the backbone starts from its
+own weights, and a line for the heads on it as it was, `head`, stands beside what the training made of it.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     options.backbone,
                     pretrained=options.pretrained,
                     device=options.device,
-                    threads=max(1, cpu_count() // options.jobs),
+                    threads=1 if options.device == "cpu" else max(1, cpu_count() // options.jobs),
                     record=options.record,
                 )
                 for seed in range(options.seeds)
