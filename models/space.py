@@ -147,8 +147,9 @@ def neighbour_count(images: int, clusters: int, *, wanted: int) -> int:
 def nearest(x_ND: np.ndarray, count: int, *, rows: np.ndarray | None = None, device: str = "cpu") -> np.ndarray:
     """The `count` most similar other images of each image, as indices of shape (N, M), most similar first.
 
-    With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, by an
-    inverted file above; never quadratic in memory. `rows` are the images that are asked about, all by default.
+    With a count of 0 every image is its own and only neighbour. Exact for up to `EXACT_LIMIT` images, on a GPU
+    `EXACT_LIMIT_CUDA`, by an inverted file above; never quadratic in memory. `rows` are the images that are asked
+    about, all by default.
     """
     own_N = np.arange(len(x_ND)) if rows is None else rows
     if count == 0:
