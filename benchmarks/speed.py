@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from joblib import cpu_count
 
 from benchmarks.archives import Selection, unpack
-from models import backbones, pixels
+from models import backbones, pixels, space
 from models.features import BATCH
 from models.full import Training
 from models.progress import finish
@@ -50,11 +51,13 @@ def whole_way(sources: list[Source], clusters: int, scratch: Path, device: str) 
         pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=scratch / "pixels", threads=cpu_count())
     )
     encode = backbones.encoder(BACKBONE, weights=None, image_size=IMAGE_SIZE, threads=cpu_count(), device=device)
-    encode(np.array(decoded_NSSC[:BATCH]))
-    started = time.perf_counter()
-    for start in range(0, len(decoded_NSSC), BATCH):
-        encode(np.array(decoded_NSSC[start : start + BATCH]))
-    bare_s = time.perf_counter() - started
+    batches = space.blocks(len(decoded_NSSC), BATCH)
+    encode(np.array(decoded_NSSC[batches[0]]))
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        started = time.perf_counter()
+        for _ in pool.map(lambda rows_B: encode(np.array(decoded_NSSC[rows_B])), batches):
+            pass
+        bare_s = time.perf_counter() - started
     started = time.perf_counter()
     grouping = finish(group(Config(clusters=clusters, image_size=IMAGE_SIZE), sources, cache_dir=None, device=device))
     whole_s = time.perf_counter() - started

@@ -8,6 +8,7 @@ slices that ONNX Runtime cannot fold.
 """
 
 from collections.abc import Callable
+from threading import Lock, Semaphore
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from models import networks, views
 from models.networks import EfficientNetLite, Network
 
-# uint8 pixels of shape (B, size, size, 3) in, float32 features of shape (B, D) out
+# uint8 pixels of shape (B, size, size, 3) in, float32 features of shape (B, D) out; several threads may call it.
 Encoder = Callable[[np.ndarray], np.ndarray]
+
+# Batches that ONNX Runtime has in work at once, each on threads of its own: a thread a batch does not wait for others
+# after every layer, but every batch needs its own memory.
+BATCHES_AT_ONCE = 8
 
 
 def encoder(name: str, *, weights: str | None, image_size: int, threads: int, device: str) -> Encoder:
@@ -40,16 +45,18 @@ def encoder(name: str, *, weights: str | None, image_size: int, threads: int, de
 
 
 def torch_encoder(network: Network, *, device: str) -> Encoder:
-    """In bfloat16 on CUDA; on a CPU in float32, which keeps the digits."""
+    """In bfloat16 on CUDA; on a CPU in float32, which keeps the digits. One batch at a time."""
     network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
+    turn = Lock()
 
     @torch.inference_mode()
     def encode(pixels_BHWC: np.ndarray) -> np.ndarray:
         host = torch.from_numpy(pixels_BHWC)
         if device.startswith("cuda"):
             host = host.pin_memory()
-        x_BCHW = views.plain(host.to(device, non_blocking=True), mean=network.mean, std=network.std)
-        with torch.autocast(device.split(":", maxsplit=1)[0], dtype=torch.bfloat16, enabled=device != "cpu"):
+        kind = device.split(":", maxsplit=1)[0]
+        with turn, torch.autocast(kind, dtype=torch.bfloat16, enabled=device != "cpu"):
+            x_BCHW = views.plain(host.to(device, non_blocking=True), mean=network.mean, std=network.std)
             features_BD: np.ndarray = network(x_BCHW).float().cpu().numpy()
         return features_BD
 
@@ -58,14 +65,16 @@ def torch_encoder(network: Network, *, device: str) -> Encoder:
 
 def onnx_encoder(graph: onnx.ModelProto, *, threads: int) -> Encoder:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = max(1, threads // BATCHES_AT_ONCE)
     options.inter_op_num_threads = 1
-    # The pool's threads otherwise spin between batches and take the cores from the decoders.
+    # Its threads otherwise spin between batches and take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    turn = Semaphore(BATCHES_AT_ONCE)
 
     def encode(pixels_BHWC: np.ndarray) -> np.ndarray:
-        features_BD: np.ndarray = session.run(None, {"pixels": pixels_BHWC})[0]
+        with turn:
+            features_BD: np.ndarray = session.run(None, {"pixels": pixels_BHWC})[0]
         return features_BD
 
     return encode

@@ -10,7 +10,7 @@ the pooling: any of them changed is another folder.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,6 @@ from models.progress import Step
 
 BATCH = 32
 PART = 1024
-# Batches that decoders may be ahead of the network: enough to keep it busy, little memory.
-LOOKAHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +70,16 @@ def extract(
 
     if missing:
         encode = backbones.encoder(backbone, weights=weights, image_size=image_size, threads=threads, device=device)
-        started, since_part, done = time.monotonic(), 0, 0
-        for batch, pixels_BHWC in decoded(missing, size=image_size, threads=threads):
+
+        def features(batch: Sequence[Source]) -> np.ndarray:
             # Every batch has the same shape: what an image becomes must not depend on its company.
-            padded_BHWC = np.zeros((BATCH, *pixels_BHWC.shape[1:]), np.uint8)
-            padded_BHWC[: len(batch)] = pixels_BHWC
-            rows = [row_of[source.key] for source in batch]
-            features_UD[rows] = encode(padded_BHWC)[: len(batch)]
+            pixels_BHWC = np.zeros((BATCH, image_size, image_size, 3), np.uint8)
+            decode_into(pixels_BHWC, batch)
+            return encode(pixels_BHWC)[: len(batch)]
+
+        started, since_part, done = time.monotonic(), 0, 0
+        for batch, features_BD in by_threads(features, missing, threads=threads):
+            features_UD[[row_of[source.key] for source in batch]] = features_BD
             done += len(batch)
             if cache and (done - since_part >= PART or done == len(missing)):
                 keys = [source.key for source in missing[since_part:done]]
@@ -89,29 +90,38 @@ def extract(
     return features_UD[[row_of[source.key] for source in sources]]
 
 
-def decoded(sources: Sequence[Source], *, size: int, threads: int) -> Iterator[tuple[Sequence[Source], np.ndarray]]:
-    """Batches of sources with their pixels, decoded by threads (Pillow lets go of the GIL) ahead of use."""
-
-    def pixels(source: Source) -> np.ndarray:
-        try:
-            return images.decode(source.path, size)
-        except images.UNREADABLE as error:
-            raise UnreadableImageError(f"image {source.path.name} cannot be read: {error}") from error
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        ahead: deque[tuple[Sequence[Source], list[Future[np.ndarray]]]] = deque()
+def by_threads(
+    work: Callable[[Sequence[Source]], np.ndarray], sources: Sequence[Source], *, threads: int
+) -> Iterator[tuple[Sequence[Source], np.ndarray]]:
+    """Batches of sources with what `work` makes of each, in order; every thread has a batch of its own."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="batch") as pool:
+        ahead: deque[tuple[Sequence[Source], Future[np.ndarray]]] = deque()
         try:
             for start in range(0, len(sources), BATCH):
                 batch = sources[start : start + BATCH]
-                ahead.append((batch, [pool.submit(pixels, source) for source in batch]))
-                if len(ahead) > LOOKAHEAD:
-                    ready, futures = ahead.popleft()
-                    yield ready, np.stack([future.result() for future in futures])
+                ahead.append((batch, pool.submit(work, batch)))
+                if len(ahead) > 2 * threads:
+                    ready, future = ahead.popleft()
+                    yield ready, future.result()
             while ahead:
-                ready, futures = ahead.popleft()
-                yield ready, np.stack([future.result() for future in futures])
+                ready, future = ahead.popleft()
+                yield ready, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_into(pixels_BSSC: np.ndarray, batch: Sequence[Source]) -> None:
+    """The pixels of the sources into the first rows.
+
+    Raises:
+        UnreadableImageError: a source cannot be decoded.
+
+    """
+    for source, pixels_SSC in zip(batch, pixels_BSSC, strict=False):
+        try:
+            pixels_SSC[:] = images.decode(source.path, len(pixels_SSC))
+        except images.UNREADABLE as error:
+            raise UnreadableImageError(f"image {source.path.name} cannot be read: {error}") from error
 
 
 def read_parts(cache: Path, row_of: dict[str, int], into_UD: np.ndarray) -> Iterator[str]:

@@ -10,10 +10,13 @@ R restarts.
 
 import math
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
@@ -34,11 +37,17 @@ from models.scl import (
     similarity_weights,
 )
 
+T = TypeVar("T")
+
 EPOCHS = 8
 # Times that clusters which the answer leaves empty are given images; what is empty after that is reported.
 REFILLS = 3
 # Predictions in the memory of the restarts that are trained at once: 256 MB.
 MEMORY_FLOATS = 64 * 2**20
+# Restarts in a group, whose steps are taken in one: fewer of them would mostly wait for Python.
+TOGETHER = 12
+# Groups that are trained at once, each by a thread.
+WORKERS = 2
 # Restarts are chosen among on about as many images, or on 16 for every cluster if that is more.
 JUDGED = 4096
 # How much the score counts beside the likeness to the other restarts.
@@ -106,24 +115,29 @@ def train(
     z_SD = z_ND[sample_S]
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted, device=device)).to(device)
     seeds = [seed_of(seed, restart) for restart in range(restarts)]
-    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))
+    workers = min(WORKERS, cpu_count()) if device == "cpu" else 1
+    # What others a restart is trained with must not depend on the machine: the last bits do on where it lies in memory.
+    at_once = max(1, min(TOGETHER, MEMORY_FLOATS // (WORKERS * len(z_SD) * max(clusters, z_SD.shape[1]))))
     groups = [
-        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds[first : first + at_once], config=config)
-        for first in range(0, restarts, at_once)
+        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=some, config=config) for some in split(seeds, at_once)
     ]
     half, stay = epochs // 2, staying(restarts)
     done, total = 0, restarts * half + stay * (epochs - half)
-    for begin, end in ((0, half), (half, epochs)):
-        for heads in groups:
-            for epoch in range(begin, end):
-                details = heads.epoch(epoch / epochs, (epoch + 1) / epochs)
-                done += len(heads)
-                yield Step(done=done, total=total, details=details)
-            heads.forget()
-        if end == half and stay < restarts:
-            groups = keep_best(groups, stay)
+    with ThreadPoolExecutor(workers, thread_name_prefix="heads") as pool:
+        for begin, end in ((0, half), (half, epochs)):
+            for some in split(groups, workers):
+                for epoch in range(begin, end):
+                    passes = [pool.submit(heads.epoch, epoch / epochs, (epoch + 1) / epochs) for heads in some]
+                    details = [each.result() for each in passes]
+                    done += sum(len(heads) for heads in some)
+                    yield Step(done=done, total=total, details=details[-1])
+                for heads in some:
+                    heads.forget()
+            if end == half and stay < restarts:
+                groups = keep_best(groups, stay, pool)
+        everyone = torch.arange(len(z_SD), device=device)
+        judged = list(pool.map(lambda heads: heads.judge(everyone), groups))
 
-    judged = [heads.judge(torch.arange(len(z_SD), device=device)) for heads in groups]
     scores = [value for each in judged for value in each.scores]
     committee = Committee(
         z_SD,
@@ -319,12 +333,12 @@ class Judged:
     labels_RB: np.ndarray
 
 
-def keep_best(groups: list[Heads], stay: int) -> list[Heads]:
+def keep_best(groups: list[Heads], stay: int, pool: ThreadPoolExecutor) -> list[Heads]:
     """Keep the restarts with the largest sums of `SCORE_WEIGHT` times the score and mean likeness to the others."""
     images, clusters = len(groups[0].z_SD), groups[0].centres_RKD.shape[1]
     stride = max(1, images // max(JUDGED, 16 * clusters))
     rows_B = torch.arange(0, images, stride, device=groups[0].z_SD.device)
-    judged = [heads.judge(rows_B) for heads in groups]
+    judged = list(pool.map(lambda heads: heads.judge(rows_B), groups))
     scores_R = np.concatenate([each.scores for each in judged])
     alike_R = likeness(np.concatenate([each.labels_RB for each in judged]))
     chosen = set(np.argsort(-(SCORE_WEIGHT * scores_R + alike_R), kind="stable")[:stay].tolist())
@@ -336,6 +350,11 @@ def keep_best(groups: list[Heads], stay: int) -> list[Heads]:
             heads.keep(own)
             kept.append(heads)
     return kept
+
+
+def split(items: list[T], size: int) -> list[list[T]]:
+    """So many at a time."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def staying(restarts: int) -> int:

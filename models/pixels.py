@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from models import images
-from models.features import Source, decoded
+from models.features import Source, by_threads, decode_into
 from models.files import write_atomically
 from models.progress import Step
 
@@ -96,8 +96,14 @@ def allocate(path: Path, shape: tuple[int, ...]) -> None:
 
 def fill(pixels_NSSC: np.ndarray, sources: Sequence[Source], *, first: int, threads: int) -> Iterator[int]:
     """Decode the sources from `first` on into their rows; yields how many rows are done."""
+
+    def pixels(batch: Sequence[Source]) -> np.ndarray:
+        pixels_BSSC = np.empty((len(batch), *pixels_NSSC.shape[1:]), np.uint8)
+        decode_into(pixels_BSSC, batch)
+        return pixels_BSSC
+
     done = first
-    for batch, pixels_BSSC in decoded(sources[first:], size=pixels_NSSC.shape[1], threads=threads):
+    for batch, pixels_BSSC in by_threads(pixels, sources[first:], threads=threads):
         pixels_NSSC[done : done + len(batch)] = pixels_BSSC
         done += len(batch)
         yield done
