@@ -98,12 +98,12 @@ class Committee:
         ):
             x_BD = normalize(z_BD @ projection_DD, dim=1)
             log_q_BK = log_q_BK + log_softmax(self.logits(x_BD, centres_KD), dim=1)
-            memory_BMD = memory_SD[neighbours_BM]
+            memory_BMD = space.take(memory_SD, neighbours_BM)
             weights_BM = similarity_weights(x_BD, memory_BMD, temperature=self.config.similarity_temperature)
             if self.said_RSK is None:
                 said_BMK = softmax(self.logits(memory_BMD, centres_KD), dim=2)
             else:
-                said_BMK = self.said_RSK[restart, neighbours_BM]
+                said_BMK = space.take(self.said_RSK[restart], neighbours_BM)
             log_p_BK = log_p_BK + similarity_prediction(weights_BM, said_BMK).clamp_min(1e-12).log()
         restarts = len(self.projection_RDD)
         return softmax(log_p_BK / restarts, dim=1), softmax(log_q_BK / restarts, dim=1)

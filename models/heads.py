@@ -224,7 +224,9 @@ class Heads:
         """How much the neighbours of these images count, shape (B, M)."""
         parts = [
             similarity_weights(
-                x_SD[some_B], x_SD[self.neighbours_SM[some_B]], temperature=self.config.similarity_temperature
+                space.take(x_SD, some_B),
+                space.take(x_SD, space.take(self.neighbours_SM, some_B)),
+                temperature=self.config.similarity_temperature,
             )
             for some_B in torch.split(rows_B, space.GATHERED)
         ]
@@ -254,16 +256,17 @@ class Heads:
         config, pick = self.config, self.neighbours_SM.shape[1]
         b = rows_RB.shape[1]
         drawn_RB = torch.stack([torch.randint(pick, (b,), generator=generator) for generator in self.generators])
-        around_RBM = self.neighbours_SM[rows_RB]
+        around_RBM = space.take(self.neighbours_SM, rows_RB)
         views_RB = around_RBM.gather(2, drawn_RB.to(self.z_SD.device).unsqueeze(2)).squeeze(2)
-        x_RBD, view_RBD = self.embed(self.z_SD[rows_RB]), self.embed(self.z_SD[views_RB])
+        x_RBD, view_RBD = (self.embed(space.take(self.z_SD, each_RB)) for each_RB in (rows_RB, views_RB))
         logits_RBK, view_logits_RBK = self.logits(x_RBD), self.logits(view_RBD)
 
         with torch.no_grad():
             q_RBK = softmax(logits_RBK, dim=2)
             p_RBK = q_RBK
             if config.consistency:
-                said_RBMK = self.memory_RSK[self.each_R1.unsqueeze(2), around_RBM]
+                own_RBM = around_RBM + self.each_R1.unsqueeze(2) * len(self.z_SD)
+                said_RBMK = space.take(self.memory_RSK.flatten(0, 1), own_RBM)
                 p_RBK = similarity_prediction(weights_RBM, said_RBMK)
             agreed_RB = (p_RBK * q_RBK).sum(dim=2)
             target_RBK = consensus_target(p_RBK, q_RBK, self.mean_RK, power=config.balance)
@@ -305,7 +308,9 @@ class Heads:
             weights_BM = self.neighbour_weights(x_SD, rows_B)
             p_BK = torch.cat(
                 [
-                    similarity_prediction(weights_BM[some], q_SK[self.neighbours_SM[rows_B[some]]])
+                    similarity_prediction(
+                        weights_BM[some], space.take(q_SK, space.take(self.neighbours_SM, rows_B[some]))
+                    )
                     for some in space.blocks(len(rows_B), space.BLOCK // 4)
                 ]
             )

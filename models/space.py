@@ -26,7 +26,7 @@ GATHERED = 1024
 EXACT_LIMIT = 50_000
 # The same on a GPU, which then multiplies a block of images with all of them at a time.
 EXACT_LIMIT_CUDA = 250_000
-# About so many images' neighbours tell the local scatter, up to twice as many: enough for some hundred axes.
+# About so many images tell a scatter, up to twice as many: enough for some hundred axes.
 SCATTERED = 4096
 # Up to here k-means looks at every image in every round; above, at batches.
 LLOYD_LIMIT = 20_000
@@ -137,6 +137,11 @@ def unit_blocks(features_NF: np.ndarray) -> Iterator[Tensor]:
 def unit(features_NF: np.ndarray) -> np.ndarray:
     """The features as float32 on the unit sphere."""
     return np.concatenate([block.numpy() for block in unit_blocks(features_NF)])
+
+
+def take(values_S: Tensor, rows_B: Tensor) -> Tensor:
+    """`values_S[rows_B]` for rows of any shape; on a CPU in a quarter of the time, which heads spend on little else."""
+    return values_S.index_select(0, rows_B.reshape(-1)).view(*rows_B.shape, *values_S.shape[1:])
 
 
 def neighbour_count(images: int, clusters: int, *, wanted: int) -> int:

@@ -10,8 +10,8 @@ from tests.models.conftest import finish
 SIZE = 64
 
 
-def run(sources, cache_dir, size=SIZE):
-    options = {"backbone": "efficientnet_lite0", "image_size": size, "threads": 2, "device": "cpu"}
+def run(sources, cache_dir, size=SIZE, threads=2):
+    options = {"backbone": "efficientnet_lite0", "image_size": size, "threads": threads, "device": "cpu"}
     return finish(features.extract(sources, cache_dir=cache_dir, **options))
 
 
@@ -22,7 +22,7 @@ def test_the_onnx_graph_computes_what_the_torch_network_does(size):
     with torch.inference_mode():
         x_BCHW = (torch.from_numpy(pixels_BHWC).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
         expected = network(x_BCHW).numpy()
-    ours = backbones.onnx_encoder(backbones.to_onnx(network.body.layers), threads=1)(pixels_BHWC)
+    ours = backbones.onnx_encoder(backbones.to_onnx(network.body.layers), image_size=size, threads=1)(pixels_BHWC)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
     torchs = backbones.torch_encoder(network, device="cpu")(pixels_BHWC)
     np.testing.assert_allclose(torchs, expected, atol=1e-4)
@@ -63,6 +63,15 @@ def test_features_do_not_depend_on_the_company_or_the_order(sources):
     alone = run(sources[3:4], None)[1]
     assert np.array_equal(together, backwards[::-1])
     assert np.array_equal(together[3:4], alone)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5])  # at most 4 batches are with the network at once
+def test_features_do_not_depend_on_the_threads(sources, monkeypatch, threads):
+    monkeypatch.setattr(features, "BATCH", 4)
+    two = run(sources, None)[1]
+    steps, found = run(sources, None, threads=threads)
+    assert [step.done for step in steps] == list(range(0, 61, 4))
+    assert np.array_equal(found, two)
 
 
 def test_copies_are_computed_once(sources):
