@@ -24,6 +24,8 @@ log = structlog.get_logger(__name__)
 # Received files that no row names: a request still under way, or one whose API died. A day is the promise.
 _ORPHAN_AGE_S = 23 * 3600.0
 _CLEAN_EVERY_S = 3600.0
+# After the end of a lease, so that it has run out by the database's clock.
+LATE_S = 0.1
 
 
 class Sweeper(threading.Thread):
@@ -34,9 +36,12 @@ class Sweeper(threading.Thread):
         self._cleaned_at: float | None = None
 
     def run(self) -> None:
-        while not self._stopping.wait(settings().sweep_s):
+        wait_s = settings().sweep_s
+        while not self._stopping.wait(wait_s):
+            wait_s = settings().sweep_s
             try:
                 self._turn()
+                wait_s = until_next_turn_s()
             except Exception as error:  # noqa: BLE001 - a sweeper that ends would leave lost work lost
                 if is_away(error):
                     self._away_at = time.monotonic()
@@ -51,6 +56,13 @@ class Sweeper(threading.Thread):
         if self._cleaned_at is None or now - self._cleaned_at > _CLEAN_EVERY_S:
             self._cleaned_at = now
             remove_leftovers()
+
+
+def until_next_turn_s() -> float:
+    """Seconds until the next turn is due: `sweep_s`, or less where a lease runs out before, so that nobody waits on."""
+    with open_session() as session:
+        ends_s = [jobs.first_lease_end_s(session, table) for table in (Upload, Run)]
+    return min([settings().sweep_s, *(end_s + LATE_S for end_s in ends_s if end_s is not None)])
 
 
 def sweep(*, lost: bool = True) -> None:

@@ -184,6 +184,16 @@ def _requeue(session: Session, table: JobTable, **values: Any) -> list[uuid.UUID
     return list(rows.scalars())
 
 
+def first_lease_end_s(session: Session, table: JobTable) -> float | None:
+    """Seconds until the next lease that is not renewed runs out; None where none is held."""
+    left = session.scalar(
+        select(func.extract("epoch", func.min(table.lease_until) - func.now())).where(
+            table.state == "running", table.lease_until >= func.now()
+        )
+    )
+    return None if left is None else float(left)
+
+
 def ended(session: Session, table: JobTable, identities: list[uuid.UUID]) -> list[uuid.UUID]:
     """Those of these jobs that have ended, or are no longer there."""
     open_ = session.scalars(

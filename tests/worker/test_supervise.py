@@ -6,13 +6,15 @@ import signal
 import threading
 import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 
 from app import storage
+from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Assignment, Image, Run, Upload
 from app.services import collections, results, runs
@@ -20,7 +22,7 @@ from app.services.parameters import Parameters
 from tests.pictures import picture
 from tests.waiting import wait_for
 from worker.supervise import supervise
-from worker.sweep import sweep
+from worker.sweep import sweep, until_next_turn_s
 
 pytestmark = [pytest.mark.usefixtures("database"), pytest.mark.slow]
 
@@ -187,6 +189,23 @@ def test_a_run_that_another_worker_took_over_is_left_alone():
     assert trainers() == []
     run = read(run_id)
     assert (run.state, run.attempt) == ("running", 2)
+
+
+def test_the_sweeper_comes_when_the_first_lease_runs_out():
+    collection_id = collection_of(4)
+    assert until_next_turn_s() == settings().sweep_s
+    for lease_s, waits_s in ((600, settings().sweep_s), (-1, settings().sweep_s), (0.5, 0.6)):
+        new_run(collection_id, method="kmeans")
+        with open_session() as session:
+            claimed = {"state": "running", "attempt": 1, "lease_until": func.now() + timedelta(seconds=lease_s)}
+            session.execute(update(Run).where(Run.state == "queued").values(**claimed))
+            session.commit()
+        assert waits_s - 0.3 < until_next_turn_s() <= waits_s
+    time.sleep(until_next_turn_s())
+    sweep()
+    with open_session() as session:
+        lost = session.scalars(text("SELECT lost_attempts FROM runs ORDER BY created_at")).all()
+    assert lost == [0, 1, 1]
 
 
 def test_a_lease_that_ran_out_is_found_by_the_sweeper():
