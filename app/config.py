@@ -105,7 +105,8 @@ class Settings(BaseSettings):
         default=10.0, description="How often a worker renews its lease, in seconds."
     )
     sweep_s: Annotated[float, Field(gt=0)] = Field(
-        default=15.0, description="How often workers look for lost work, in seconds."
+        default=15.0,
+        description="How often workers look for lost work at least, in seconds; they also do when a lease runs out.",
     )
     checkpoint_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,

@@ -8,12 +8,10 @@ own weights, and a line for the heads on it as it was, `head`, stands beside wha
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from joblib import cpu_count
 
 from benchmarks.archives import Selection, unpack
+from benchmarks.children import processes
 from benchmarks.quality import spread
 from models import pixels
 from models.baselines import kmeans
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = Path(scratch) / "pixels.npy"
         np.save(file, finish(gathered))
         print(f"{options.data.name}: {options.backbone}, {options.epochs} epochs, seeds 0 to {options.seeds - 1}")
-        with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with processes(options.jobs) as pool:
             asked = [
                 pool.submit(
                     run,

@@ -6,19 +6,18 @@ expected calibration error of the confidence.
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.archives import Selection, unpack
+from benchmarks.children import processes
 from models.config import METHODS, InputError
 from models.fit import agreement
 from models.progress import finish
@@ -66,8 +65,7 @@ def measure(selection: Selection, methods: Sequence[str], seeds: range, scratch:
     columns = f"{'ACC':>15} {'NMI':>15} {'ARI':>15} {'ECE':>6} {'agree':>6} {'seconds':>8} {'MiB':>6}"
     print(f"{'method':<14}{columns}  ACC of every seed")
     for method in methods:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        with processes(1) as process:
             found = process.submit(
                 outcomes, method, classes, seeds, sources, truth, scratch / "cache", threads
             ).result()

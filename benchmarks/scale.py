@@ -5,16 +5,15 @@ process of its own, whose peak memory is shown beside that of the features thems
 """
 
 import argparse
-import multiprocessing
 import resource
 import time
 from collections.abc import Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score
 
+from benchmarks.children import processes
 from models import heads
 from models.config import METHODS
 from models.fit import Fit
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = f"{'before s':>9} {'epoch s':>9} {'answer s':>9} {'whole s':>8} {'µs a row':>9} {'ARI':>6}"
     print(f"{'rows':>9} {'features MiB':>13} {'peak MiB':>9} {columns}")
     for rows in options.rows:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with processes(1) as process:
             print(process.submit(measure, rows, options.clusters).result(), flush=True)
 
 
