@@ -6,6 +6,7 @@ expected calibration error of the confidence.
 """
 
 import argparse
+import os
 import resource
 import statistics
 import sys
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
     parser.add_argument("--threads", type=int, metavar="T", help="default: one for every core")
     options = parser.parse_args(arguments)
+    if options.threads:
+        os.environ["LOKY_MAX_CPU_COUNT"] = str(options.threads)  # starts and restarts too, in every process
     for selection in options.data:
         with tempfile.TemporaryDirectory() as scratch:
             try:

@@ -115,9 +115,11 @@ def train(
     z_SD = z_ND[sample_S]
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted, device=device)).to(device)
     seeds = [seed_of(seed, restart) for restart in range(restarts)]
-    workers = min(WORKERS, cpu_count()) if device == "cpu" else 1
-    # What others a restart is trained with must not depend on the machine: the last bits do on where it lies in memory.
-    at_once = max(1, min(TOGETHER, MEMORY_FLOATS // (WORKERS * len(z_SD) * max(clusters, z_SD.shape[1]))))
+    at_once = max(1, MEMORY_FLOATS // (len(z_SD) * max(clusters, z_SD.shape[1])))
+    workers = 1
+    if device == "cpu":
+        # Groups are as large on every machine: a restart's last bits depend on where in memory it lies.
+        at_once, workers = max(1, min(TOGETHER, at_once // WORKERS)), min(WORKERS, cpu_count())
     groups = [
         Heads(z_SD, neighbours_SM, clusters=clusters, seeds=some, config=config) for some in split(seeds, at_once)
     ]

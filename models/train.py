@@ -74,7 +74,8 @@ def group(
         sources: the pictures.
         cache_dir: where features and decoded pictures are kept between runs; None keeps none.
         truth: a class name for every picture, used only to report quality at the end.
-        threads: for the network and the training; by default one for every core. Sets those of torch and FAISS.
+        threads: for the pictures and the network; by default one for every core. Sets those of torch and FAISS. Starts
+            and restarts are spread over all cores whatever it is (`joblib.cpu_count`, so `LOKY_MAX_CPU_COUNT`).
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is one.
         checkpoint: folder for the state of a full training, to go on from after a kill.
         checkpoint_every_s: seconds between the checkpoints of a full training.
