@@ -272,7 +272,11 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     metrics = run["metrics"] or {}
     quality, baseline, restarts = metrics.get("quality"), metrics.get("baseline") or {}, metrics.get("restarts") or {}
     if run["parameters"]["clusters"] == "auto":
-        console.print(f"clusters found: {run['clusters']}; why: {client.server}{run['links']['report']}")
+        steady = (metrics.get("auto") or {}).get("steady")
+        other = (
+            f"; up to {steady} come out nearly alike from either half" if steady not in (None, run["clusters"]) else ""
+        )
+        console.print(f"clusters found: {run['clusters']}{other}; why: {client.server}{run['links']['report']}")
     if quality:
         console.print(_quality(run["parameters"]["method"], quality))
     if baseline.get("quality"):

@@ -64,7 +64,10 @@ def features(selection: Selection, cache: Path | None) -> tuple[np.ndarray, list
 
 def in_words(found: Estimate) -> str:
     votes = ", ".join(f"{name} {vote:.1f}" for name, vote in found.votes.items())
-    return f"{found.clusters} in {found.interval[0]} to {found.interval[1]}; {votes}; clarity {found.clarity:.2f}"
+    return (
+        f"{found.clusters} in {found.interval[0]} to {found.interval[1]}, steady {found.steady or '-'};"
+        f" {votes}; clarity {found.clarity:.2f}"
+    )
 
 
 def print_sweep(found: Estimate, most: int) -> None:

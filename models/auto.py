@@ -48,6 +48,8 @@ GAPS_AFTER = 8
 WEAK_GAP, CLEAR_GAP = 5.0, 7.0  # times the mean of the gaps after it
 HEIGHT = 0.45  # of the highest merge without structure
 REPRODUCED = 0.75  # Jaccard coefficient from which groups count as the same
+STEADY = 0.9  # and as nearly the same
+STEADY_LEAST = 3  # groups; two come out alike of nearly everything
 MAIN_DIMENSIONS = 16  # in which the halves are grouped
 CLOSE_NEIGHBOURS = 10  # and smoothed
 SMOOTHINGS = 4
@@ -79,6 +81,7 @@ class Estimate:
     votes: dict[str, float]  # of every witness, geometric mean over the samples
     ballots: dict[str, list[int]]  # of every witness, what it named in each sample
     clarity: float  # 0: all witnesses count alike; 1: the eigengap decides alone
+    steady: int | None  # most groups that come out nearly alike of two halves: often the coarser reading; None: none do
     rejected: list[Rejected]
     sweep: list[Trial]
     sample_images: int  # in each sample
@@ -138,6 +141,7 @@ def too_few(images: int) -> Estimate:
         votes={},
         ballots={},
         clarity=0.0,
+        steady=None,
         rejected=[Rejected(clusters=3, why=f"{images} images are too few to tell; below {FEWEST} the answer is 2")],
         sweep=[],
         sample_images=images,
@@ -203,6 +207,7 @@ def judge(heard: list[Evidence], *, most: int, sample_images: int) -> Estimate:
         votes=votes,
         ballots=ballots,
         clarity=clarity,
+        steady=max((t.clusters for t in sweep if t.reproduced > STEADY and t.clusters >= STEADY_LEAST), default=None),
         rejected=reject(chosen, ballots, clarity, sweep),
         sweep=sweep,
         sample_images=sample_images,

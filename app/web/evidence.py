@@ -41,6 +41,7 @@ class Sweep:
     interval: tuple[int, int] | None  # of numbers that are nearly as good
     band: tuple[float, float] | None  # where the interval begins, and its width
     clarity: float | None  # 1: the groups lie apart; 0: no number stands out
+    steady: int | None  # most clusters that come out nearly alike of two halves, where that is another number
     curves: list[Curve]
     ticks: list[Tick]
     rejected: list[dict[str, Any]]  # the nearest first
@@ -112,6 +113,7 @@ def sweep(metrics: Mapping[str, Any]) -> Sweep | None:
         interval=tuple(interval) if interval and interval[0] < interval[1] else None,
         band=(low, high - low) if interval and high > low else None,
         clarity=found.get("clarity"),
+        steady=found.get("steady") if found.get("steady") != chosen else None,
         curves=_curves(tried, found.get("votes") or {}, x),
         ticks=[Tick(clusters=k, x=x(k)) for k in _TICKS if least <= k <= most],
         rejected=sorted(found.get("rejected") or [], key=lambda other: abs(math.log(other["clusters"] / chosen))),

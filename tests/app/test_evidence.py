@@ -20,6 +20,7 @@ AUTO = {
     "interval": [2, 3],
     "votes": {"eigengap": 2.0, "reproduced": 3.3},
     "clarity": 0.5,
+    "steady": 3,
     "sweep": [
         {"clusters": 2, "eigengap": 0.75, "reproduced": 0.1},
         {"clusters": 4, "eigengap": 0.25, "reproduced": 0.3},
@@ -57,6 +58,7 @@ def test_the_chosen_number_is_shown_with_what_was_tried_and_rejected(api: TestCl
     assert "Why 2 clusters" in words
     assert "How alike are the groups of two halves: 3" in words
     assert "The groups lie apart, but not all of them. 2 to 3 clusters fit nearly as well." in words
+    assert "Up to 3 come out nearly alike from either half of the images: try that for a finer reading." in words
     assert "Not 4: its gap is 0.25" in words
     assert "Not 3: &lt;script&gt;" in words
     assert len(re.findall("<polyline", page)) == 2

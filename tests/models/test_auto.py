@@ -57,6 +57,7 @@ def test_without_a_clear_gap_the_witnesses_count_alike():
     found = auto.judge([one, one], most=100, sample_images=23)
     assert found.clusters == 6
     assert found.interval == (4, 9)
+    assert found.steady is None  # 0.9 of two groups, which says little
     assert [other.clusters for other in found.rejected] == [4, 5, 7, 9]
     assert found.rejected[0].why.startswith("named by eigengap in 2 of 2 samples; eigengap 0.012 against 0.004, height")
     assert found.rejected[1].why == (
@@ -72,6 +73,13 @@ def test_votes_of_samples_are_averaged_as_logarithms():
     assert found.votes["eigengap"] == pytest.approx(4)
     assert found.clusters == 3
     assert found.ballots == {"eigengap": [2, 8], "height": [2, 2], "reproduced": [2, 2]}
+
+
+def test_the_steady_number_is_the_most_groups_of_which_nine_tenths_come_out_again():
+    flat = {"gap": [0.004] * 8, "height": [0.1] * 8}
+    ones = [evidence(reproduced=[0.99, 0.95, 0.6, 0.95, at_6, 0.8, 0.7, 0.7], **flat) for at_6 in (0.99, 0.85)]
+    found = auto.judge(ones, most=100, sample_images=50)  # 6 by the mean of both, and 3 and 5 too
+    assert found.steady == 6
 
 
 def test_a_clear_gap_decides_alone():
