@@ -1,6 +1,6 @@
 """Features of a collection: extracted once, kept on disk, resumed after a kill.
 
-Letters in shapes: N images, U images that are not in the cache, B batch, D feature size, H and W pixels.
+Letters in shapes: N images, U images that are not in the cache, B batch, D feature size, S pixels a side, C colours.
 
 The cache is a folder of parts, each a `part-X.npy` with its images' keys in `part-X.keys` beside it. A part
 appears whole or not at all, and is found by the digest of the weights, the image size, the preprocessing and
@@ -73,9 +73,9 @@ def extract(
 
         def features(batch: Sequence[Source]) -> np.ndarray:
             # Every batch has the same shape: what an image becomes must not depend on its company.
-            pixels_BHWC = np.zeros((BATCH, image_size, image_size, 3), np.uint8)
-            decode_into(pixels_BHWC, batch)
-            return encode(pixels_BHWC)[: len(batch)]
+            pixels_BSSC = np.zeros((BATCH, image_size, image_size, 3), np.uint8)
+            decode_into(pixels_BSSC, batch)
+            return encode(pixels_BSSC)[: len(batch)]
 
         started, since_part, done = time.monotonic(), 0, 0
         for batch, features_BD in by_threads(features, missing, threads=threads):

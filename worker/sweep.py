@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 _ORPHAN_AGE_S = 23 * 3600.0
 _CLEAN_EVERY_S = 3600.0
 # After the end of a lease, so that it has run out by the database's clock.
-LATE_S = 0.1
+_LATE_S = 0.1
 
 
 class Sweeper(threading.Thread):
@@ -62,7 +62,7 @@ def until_next_turn_s() -> float:
     """Seconds until the next turn is due: `sweep_s`, or less where a lease runs out before, so that nobody waits on."""
     with open_session() as session:
         ends_s = [jobs.first_lease_end_s(session, table) for table in (Upload, Run)]
-    return min([settings().sweep_s, *(end_s + LATE_S for end_s in ends_s if end_s is not None)])
+    return min([settings().sweep_s, *(end_s + _LATE_S for end_s in ends_s if end_s is not None)])
 
 
 def sweep(*, lost: bool = True) -> None:

@@ -185,7 +185,7 @@ def _requeue(session: Session, table: JobTable, **values: Any) -> list[uuid.UUID
 
 
 def first_lease_end_s(session: Session, table: JobTable) -> float | None:
-    """Seconds until the next lease that is not renewed runs out; None where none is held."""
+    """Seconds until the next lease runs out, unless it is renewed; None where none is held."""
     left = session.scalar(
         select(func.extract("epoch", func.min(table.lease_until) - func.now())).where(
             table.state == "running", table.lease_until >= func.now()
