@@ -12,7 +12,6 @@ import math
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +35,6 @@ from models.scl import (
     similarity_prediction,
     similarity_weights,
 )
-
-T = TypeVar("T")
 
 EPOCHS = 8
 # Times that clusters which the answer leaves empty are given images; what is empty after that is reported.
@@ -121,19 +118,20 @@ def train(
         # Groups are as large on every machine: a restart's last bits depend on where in memory it lies.
         at_once, workers = max(1, min(TOGETHER, at_once // WORKERS)), min(WORKERS, cpu_count())
     groups = [
-        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=some, config=config) for some in split(seeds, at_once)
+        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds[some], config=config)
+        for some in space.blocks(restarts, at_once)
     ]
     half, stay = epochs // 2, staying(restarts)
     done, total = 0, restarts * half + stay * (epochs - half)
     with ThreadPoolExecutor(workers, thread_name_prefix="heads") as pool:
         for begin, end in ((0, half), (half, epochs)):
-            for some in split(groups, workers):
+            for some in space.blocks(len(groups), workers):
                 for epoch in range(begin, end):
-                    passes = [pool.submit(heads.epoch, epoch / epochs, (epoch + 1) / epochs) for heads in some]
+                    passes = [pool.submit(heads.epoch, epoch / epochs, (epoch + 1) / epochs) for heads in groups[some]]
                     details = [each.result() for each in passes]
-                    done += sum(len(heads) for heads in some)
+                    done += sum(len(heads) for heads in groups[some])
                     yield Step(done=done, total=total, details=details[-1])
-                for heads in some:
+                for heads in groups[some]:
                     heads.forget()
             if end == half and stay < restarts:
                 groups = keep_best(groups, stay, pool)
@@ -357,11 +355,6 @@ def keep_best(groups: list[Heads], stay: int, pool: ThreadPoolExecutor) -> list[
             heads.keep(own)
             kept.append(heads)
     return kept
-
-
-def split(items: list[T], size: int) -> list[list[T]]:
-    """So many at a time."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def staying(restarts: int) -> int:

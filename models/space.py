@@ -140,7 +140,7 @@ def unit(features_NF: np.ndarray) -> np.ndarray:
 
 
 def take(values_S: Tensor, rows_B: Tensor) -> Tensor:
-    """`values_S[rows_B]` for rows of any shape; on a CPU in a quarter of the time, which heads spend on little else."""
+    """`values_S[rows_B]` for rows of any shape; on a CPU in a quarter of the time."""
     return values_S.index_select(0, rows_B.reshape(-1)).view(*rows_B.shape, *values_S.shape[1:])
 
 
