@@ -185,23 +185,30 @@ class Training:
             epoch, first = divmod(self.done, self.steps)
             if first == 0:
                 self.begin_epoch(epoch)
-            sums: dict[str, float] = {}
+            sums: dict[str, Tensor] = {}
             for number, (rows_G, pixels_BSSC) in enumerate(self.batches(epoch, first), start=1):
                 with self.own_random():
                     details = self.step(rows_G, pixels_BSSC)
                 for name, value in details.items():
-                    sums[name] = sums.get(name, 0.0) + value
+                    sums[name] = sums[name] + value if name in sums else value
                 self.done += 1
                 now_s = time.monotonic()
                 stopping = distributed.anywhere(self.stop(), device=self.device)
-                if stopping or self.done == self.total or now_s - saved_s >= self.checkpoint_every_s:
+                saving = stopping or self.done == self.total or now_s - saved_s >= self.checkpoint_every_s
+                reporting = self.done % self.steps == 0 or now_s - reported_s >= REPORT_EVERY_S
+                if saving or reporting:  # only now is a GPU waited for
+                    means = {name: value.item() / number for name, value in sums.items()}
+                    if not math.isfinite(means["loss"]):
+                        raise InputError(
+                            f"the training left the numbers by step {self.done}: the loss is {means['loss']}"
+                        )
+                if saving:
                     self.try_to_save()
                     saved_s = now_s
                 if stopping:
                     raise Stopped(f"stopped after {self.done} of {self.total} steps")
-                if self.done % self.steps == 0 or now_s - reported_s >= REPORT_EVERY_S:
+                if reporting:
                     reported_s = now_s
-                    means = {name: value / number for name, value in sums.items()}
                     yield Step(done=self.done, total=self.total, details={"epoch": epoch + 1.0, **means})
 
     def begin_epoch(self, epoch: int) -> None:
@@ -246,22 +253,19 @@ class Training:
                     ahead = pool.submit(fetch, rows[number + 1])
                 yield rows_G.to(self.device, non_blocking=True), ready.to(self.device, non_blocking=True)
 
-    def step(self, rows_G: Tensor, pixels_BSSC: Tensor) -> dict[str, float]:
-        """One step of the optimiser on this batch."""
+    def step(self, rows_G: Tensor, pixels_BSSC: Tensor) -> dict[str, Tensor]:
+        """One step of the optimiser on this batch; nothing in it waits for a GPU."""
         through = self.done / self.total
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_rate"] * schedule(through, warmup=self.config.warmup, total=self.total)
         h_VBF = self.forward(self.views(pixels_BSSC))
         loss, details = self.objective.loss(distributed.gather(h_VBF), rows_G)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise InputError(f"the training left the numbers at step {self.done}: the loss is {value}")
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         distributed.average_gradients(self.objective.parameters())
         self.optimizer.step()
         self.objective.end_step()
-        return {"loss": value, **details}
+        return {"loss": loss.detach(), **details}
 
     def views(self, pixels_BSSC: Tensor) -> Tensor:
         """All views of this process's share, one view after the other; shape (VB, C, S, S)."""

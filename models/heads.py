@@ -243,21 +243,21 @@ class Heads:
         batches = zip(
             torch.stack(order).tensor_split(steps, dim=1), torch.stack(weights).tensor_split(steps, dim=1), strict=True
         )
-        sums: dict[str, float] = {}
+        details: list[dict[str, Tensor]] = []
         for number, (rows_RB, weights_RBM) in enumerate(batches):
             through = begin + (end - begin) * number / steps
             rate = config.learning_rate * (1 + math.cos(math.pi * through)) / 2
-            for name, value in self.step(rows_RB, weights_RBM, rate).items():
-                sums[name] = sums.get(name, 0.0) + value / steps
-        return sums
+            details.append(self.step(rows_RB, weights_RBM, rate))
+        return {name: torch.stack([each[name] for each in details]).mean().item() for name in details[0]}
 
-    def step(self, rows_RB: Tensor, weights_RBM: Tensor, learning_rate: float) -> dict[str, float]:
+    def step(self, rows_RB: Tensor, weights_RBM: Tensor, learning_rate: float) -> dict[str, Tensor]:
         """One optimisation step on these images, each with a random neighbour as its other view."""
         config, pick = self.config, self.neighbours_SM.shape[1]
         b = rows_RB.shape[1]
         drawn_RB = torch.stack([torch.randint(pick, (b,), generator=generator) for generator in self.generators])
         around_RBM = space.take(self.neighbours_SM, rows_RB)
-        views_RB = around_RBM.gather(2, drawn_RB.to(self.z_SD.device).unsqueeze(2)).squeeze(2)
+        drawn_RB = drawn_RB.to(self.z_SD.device, non_blocking=True)
+        views_RB = around_RBM.gather(2, drawn_RB.unsqueeze(2)).squeeze(2)
         x_RBD, view_RBD = (self.embed(space.take(self.z_SD, each_RB)) for each_RB in (rows_RB, views_RB))
         logits_RBK, view_logits_RBK = self.logits(x_RBD), self.logits(view_RBD)
 
@@ -290,9 +290,9 @@ class Heads:
             self.memory_RSK[self.each_R1, rows_RB] = config.momentum * before_RBK + (1 - config.momentum) * q_RBK
             self.mean_RK = 0.9 * self.mean_RK + 0.1 * q_RBK.mean(dim=1)
         return {
-            "loss": loss_R.mean().item(),
-            "contrast": contrasted_R.mean().item(),
-            "agreement": agreed_RB.mean().item(),
+            "loss": loss_R.detach().mean(),
+            "contrast": contrasted_R.detach().mean(),
+            "agreement": agreed_RB.mean(),
         }
 
     def forget(self) -> None:

@@ -42,8 +42,8 @@ class Objective(nn.Module, ABC):
         """Set schedules, or look at the whole memory, before the first step of `epoch` (from 0)."""
 
     @abstractmethod
-    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The scalar to minimise, and figures worth showing.
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and scalars worth showing, without gradient and on the same device.
 
         Args:
             h_VBF: pooled features of the views, float32, with gradient; not normalised.

@@ -170,14 +170,14 @@ class Scl(Objective):
     def logits(self, x_BD: Tensor) -> Tensor:
         return boundary_logits(x_BD, self.centres_KD, temperature=self.config.boundary_temperature)
 
-    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Tell instances apart at first; then semantic contrast plus the consistency of both predictions."""
         config = self.config
         x_VBD = normalize(self.projection(h_VBF), dim=2)
         self.seen = (rows_B, x_VBD.detach().mean(dim=0), None)
         if not self.semantic:
             contrasted = self.contrast(x_VBD, None)
-            return contrasted, {"contrast": contrasted.item()}
+            return contrasted, {"contrast": contrasted.detach()}
         logits_VBK = self.logits(x_VBD)
         with torch.no_grad():
             q_BK = softmax(logits_VBK, dim=2).mean(dim=0)
@@ -191,7 +191,7 @@ class Scl(Objective):
         if config.contrast != "none":
             label_B = target_BK.argmax(dim=1) if config.contrast == "semantic" else None
             contrasted = self.contrast(x_VBD, label_B)
-        details = {"contrast": contrasted.item(), "consistency": taught.item(), "agreement": agreed_B.mean().item()}
+        details = {"contrast": contrasted.detach(), "consistency": taught.detach(), "agreement": agreed_B.mean()}
         return taught + config.contrast_weight * contrasted, details
 
     def contrast(self, x_VBD: Tensor, label_B: Tensor | None) -> Tensor:

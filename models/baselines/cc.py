@@ -56,14 +56,14 @@ class Cc(Objective):
         """Probabilities of the clusters: (..., F) to (..., K)."""
         return softmax(self.boundaries(self.hidden(h_F).relu()), dim=-1)
 
-    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         del rows_B
         x_VBD = normalize(self.projection(h_VBF), dim=2)
         instance = nt_xent(x_VBD[0], x_VBD[1], temperature=self.config.instance_temperature)
         p_VBK = self.predict(h_VBF)
         cluster = cluster_contrast(p_VBK[0], p_VBK[1], temperature=self.config.cluster_temperature)
         uneven = imbalance(p_VBK[0]) + imbalance(p_VBK[1])
-        details = {"instance": instance.item(), "cluster": cluster.item(), "imbalance": uneven.item()}
+        details = {"instance": instance.detach(), "cluster": cluster.detach(), "imbalance": uneven.detach()}
         return instance + cluster + uneven, details
 
     @torch.no_grad()

@@ -62,14 +62,14 @@ class Pica(Objective):
         """The heads take turns, and the one that answers has the last."""
         return self.auxiliary if (self.epochs - self.epoch) % 2 == 0 else self.head
 
-    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         del rows_B
         p_VBK = softmax(self.trained(h_VBF), dim=2)
         # Every changed copy is compared with its own image.
         image_XK = p_VBK[:1].expand(len(p_VBK) - 1, -1, -1).flatten(0, 1)
         uncertainty = partition_uncertainty(image_XK, p_VBK[1:].flatten(0, 1))
         uneven = imbalance(p_VBK[0])
-        details = {"uncertainty": uncertainty.item(), "imbalance": uneven.item()}
+        details = {"uncertainty": uncertainty.detach(), "imbalance": uneven.detach()}
         return uncertainty + self.config.balance_weight * uneven, details
 
     @torch.no_grad()

@@ -48,7 +48,7 @@ class Simclr(Objective):
             nn.Linear(feature_size, self.config.dimensions, bias=False),
         )
 
-    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         del rows_B
         x_VBD = normalize(self.projection(h_VBF), dim=2)
         return nt_xent(x_VBD[0], x_VBD[1], temperature=self.config.temperature), {}

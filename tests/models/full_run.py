@@ -48,7 +48,7 @@ class Remembering(Objective):
         pull = -(x_BD * self.memory_ND[rows_B]).sum(dim=1).mean()
         spread = (self.centres(x_BD + 0.1 * noise_BD) - self.level_K).square().mean()
         contrast = nt_xent(x_BD, view_BD, temperature=0.5)
-        return contrast + pull + self.weight * spread, {"contrast": contrast.item()}
+        return contrast + pull + self.weight * spread, {"contrast": contrast.detach()}
 
     @torch.no_grad()
     def end_step(self):
@@ -132,7 +132,7 @@ def main():
 
         def step(rows_G, pixels_BSSC):
             details = plain(rows_G, pixels_BSSC)
-            losses.append(details["loss"])
+            losses.append(details["loss"].item())
             return details
 
         training.step = step

@@ -107,14 +107,14 @@ def test_ccs_loss_is_the_sum_of_its_parts():
     torch.manual_seed(0)
     method = Cc(**SIZES)
     loss, details = method.loss(torch.randn(2, 8, 12), torch.arange(8))
-    assert loss.item() == pytest.approx(sum(details.values()), rel=1e-6)
+    assert loss.item() == pytest.approx(sum(map(float, details.values())), rel=1e-6)
     flat = torch.zeros(2, 8, 12)
     torch.nn.init.zeros_(method.boundaries.weight)
     torch.nn.init.zeros_(method.boundaries.bias)
     _, details = method.loss(flat, torch.arange(8))
     # All clusters alike: the other view is one of 2 K - 1 equal columns, and the mean is even.
-    assert details["cluster"] == pytest.approx(math.log(5), rel=1e-5)
-    assert details["imbalance"] == pytest.approx(0, abs=1e-5)
+    assert details["cluster"].item() == pytest.approx(math.log(5), rel=1e-5)
+    assert details["imbalance"].item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", [Cc, Pica])

@@ -58,7 +58,7 @@ def losses_of(training):
 
     def step(rows_G, pixels_BSSC):
         details = plain(rows_G, pixels_BSSC)
-        losses.append(details["loss"])
+        losses.append(details["loss"].item())
         return details
 
     training.step = step

@@ -33,7 +33,7 @@ class Pull(Objective):
     view_strengths = ("plain",)
 
     def loss(self, h_VBF, rows_B):
-        return (h_VBF - 1).square().mean(), {"rows": float(rows_B.sum())}
+        return (h_VBF - 1).square().mean(), {"rows": rows_B.sum()}
 
     def answer(self, features_NF, *, seed, restarts):
         raise NotImplementedError
@@ -188,7 +188,7 @@ def test_a_loss_that_is_no_number_ends_the_training():
             loss, details = super().loss(h_VBF, rows_B)
             return loss * math.inf, details
 
-    with pytest.raises(InputError, match=r"left the numbers at step 0: the loss is (nan|inf)"):
+    with pytest.raises(InputError, match=r"left the numbers by step 3: the loss is (nan|inf)"):
         finish(make(objective=Diverging).run())
 
 

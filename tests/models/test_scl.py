@@ -130,7 +130,7 @@ def test_once_clusters_exist_the_loss_is_contrast_plus_consistency():
     rows_B = torch.arange(8)
     h_VBF = torch.randn(2, 8, 6)
     loss, details = ours.loss(h_VBF, rows_B)
-    assert loss.item() == pytest.approx(details["contrast"] + details["consistency"])
+    assert loss.item() == pytest.approx((details["contrast"] + details["consistency"]).item())
     x_VBD = normalize(ours.projection(h_VBF), dim=2)
     q_VBK = torch.softmax(x_VBD @ normalize(ours.centres_KD, dim=1).T / 0.2, dim=2)
     target_BK = scl.consensus_target(ours.similarity_prediction(rows_B), q_VBK.mean(dim=0), ours.mean_K, power=0.8)
@@ -140,7 +140,7 @@ def test_once_clusters_exist_the_loss_is_contrast_plus_consistency():
         own = (i + 8) % 16
         others = [own] + [j for j in range(16) if label_X[j] != label_X[i]]
         by_hand.append(-torch.log_softmax(x_XD[others] @ x_XD[i] / 0.5, dim=0)[0].item())
-    assert details["contrast"] == pytest.approx(np.mean(by_hand), rel=1e-5)
+    assert details["contrast"].item() == pytest.approx(np.mean(by_hand), rel=1e-5)
 
 
 def test_the_memory_follows_the_mean_of_the_views():
