@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from models import networks, views
-from models.graphs import Recorded
 from models.networks import EfficientNetLite, Network
 
 # uint8 pixels of shape (B, size, size, 3) in, float32 features of shape (B, D) out; several threads may call it.
@@ -49,18 +48,17 @@ def torch_encoder(network: Network, *, device: str) -> Encoder:
     """In bfloat16 on CUDA; on a CPU in float32, which keeps the digits. One batch at a time."""
     network.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     turn = Lock()
-    recorded: dict[torch.Size, Recorded] = {}
 
     @torch.inference_mode()
     def encode(pixels_BHWC: np.ndarray) -> np.ndarray:
-        with turn:
-            x_BCHW = views.plain(torch.from_numpy(pixels_BHWC).to(device), mean=network.mean, std=network.std)
-            if device == "cpu":
-                features_BD: np.ndarray = network(x_BCHW).float().numpy()
-                return features_BD
-            if x_BCHW.shape not in recorded:
-                recorded[x_BCHW.shape] = Recorded(network, x_BCHW, precision=torch.bfloat16)
-            return recorded[x_BCHW.shape](x_BCHW).cpu().numpy()
+        host = torch.from_numpy(pixels_BHWC)
+        if device.startswith("cuda"):
+            host = host.pin_memory()
+        kind = device.split(":", maxsplit=1)[0]
+        with turn, torch.autocast(kind, dtype=torch.bfloat16, enabled=device != "cpu"):
+            x_BCHW = views.plain(host.to(device, non_blocking=True), mean=network.mean, std=network.std)
+            features_BD: np.ndarray = network(x_BCHW).float().cpu().numpy()
+        return features_BD
 
     return encode
 

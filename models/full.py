@@ -24,7 +24,6 @@ from models import checkpoint, distributed, networks, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import Fit, seed_of
-from models.graphs import Replayed
 from models.limits import check_below_one, check_not_negative, check_positive
 from models.objective import Objective, ObjectiveFactory
 from models.progress import Step
@@ -134,7 +133,6 @@ class Training:
             made = objective(feature_size=network.feature_size, images=images, clusters=clusters, epochs=epochs)
             self.objective: Objective = made.to(device)
         self.replica = distributed.replicated(self.network, device=device)
-        self.replayed = Replayed(self.replica)
         self.augmentations = [views.augmentation(name, image_size=size) for name in made.view_strengths]
         self.precision = precision(self.config.precision, device, network)
         self.batch = self.config.batch or (256 if size <= networks.SMALL_IMAGE else 64)
@@ -180,7 +178,6 @@ class Training:
             InputError: the loss is no longer a number.
 
         """
-        self.record()
         self.resume()
         saved_s = reported_s = time.monotonic()
         yield Step(done=self.done, total=self.total)
@@ -213,15 +210,6 @@ class Training:
                 if reporting:
                     reported_s = now_s
                     yield Step(done=self.done, total=self.total, details={"epoch": epoch + 1.0, **means})
-
-    def record(self) -> None:
-        """On a GPU of one process, record the network's kernels for every size of a batch."""
-        if not self.device.startswith("cuda") or distributed.world_size() > 1 or self.replayed.recorded:
-            return
-        images, size = self.pixels_NSSC.shape[:2]
-        shares = {len(rows_B) for rows_B in torch.arange(images).tensor_split(self.steps)}
-        shapes = [(share * len(self.augmentations), 3, size, size) for share in sorted(shares)]
-        self.replayed.record(shapes, device=self.device, precision=self.precision)
 
     def begin_epoch(self, epoch: int) -> None:
         distributed.broadcast(self.objective)
@@ -294,7 +282,7 @@ class Training:
         """Features of views that lie one after the other, float32 of shape (V, B, F)."""
         self.replica.train()
         with self.autocast():
-            h_XF = self.replayed(x_XCSS)
+            h_XF: Tensor = self.replica(x_XCSS)
         h_XF = h_XF.to(torch.promote_types(h_XF.dtype, torch.float32))
         return h_XF.view(len(self.augmentations), -1, h_XF.shape[1])
 
