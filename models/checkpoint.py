@@ -71,7 +71,7 @@ def load(folder: Path, *, run: Mapping[str, Any]) -> Checkpoint | None:
             continue
         except Damaged:
             # Out of the way, or the next one written would push the undamaged one out.
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)  # another process of the training may have been first
             continue
         wanted = json.loads(json.dumps(dict(run)))
         for key in sorted({*wanted, *checkpoint.run}):
@@ -87,16 +87,16 @@ def read(path: Path) -> Checkpoint:
 
     Raises:
         Damaged: not a byte of it can be trusted.
-        FileNotFoundError: it is not there.
+        OSError: it is not there, or cannot be read now.
 
     """
+    with path.open("rb"):  # says why it cannot be read, of which safetensors says that it is not there
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise Damaged(f"{path.name} is no checkpoint: {error}") from error
     if about.get("version") != VERSION or about.get("sha256") != digest(tensors):
         raise Damaged(f"{path.name} is not what was written")

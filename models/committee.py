@@ -122,8 +122,10 @@ class Committee:
         labels_S = labels_S.copy()
         x_SD = self.memory_RSD[self.reference].cpu().numpy()
         filled = False
-        for empty in np.flatnonzero(np.bincount(labels_S, minlength=clusters) == 0):
-            widest = int(np.argmax([spread(x_SD[labels_S == k]) for k in range(clusters)]))
+        empty_E = np.flatnonzero(np.bincount(labels_S, minlength=clusters) == 0)
+        spread_K = np.array([spread(x_SD[labels_S == k]) for k in range(clusters if len(empty_E) else 0)])
+        for empty in empty_E:
+            widest = int(np.argmax(spread_K))
             rows_B = np.flatnonzero(labels_S == widest)
             if len(np.unique(x_SD[rows_B], axis=0)) < 2:  # nothing to split
                 break
@@ -132,6 +134,7 @@ class Committee:
             for k in (widest, empty):
                 own_S = torch.from_numpy(labels_S == k).to(self.memory_RSD.device)
                 self.centres_RKD[:, k] = normalize(self.memory_RSD[:, own_S].mean(dim=1), dim=1)
+                spread_K[k] = spread(x_SD[labels_S == k])
             filled = True
         if filled:
             self.remember()

@@ -3,8 +3,8 @@
 Letters in shapes: N images, U images that are not in the cache, B batch, D feature size, S pixels a side, C colours.
 
 The cache is a folder of parts, each a `part-X.npy` with its images' keys in `part-X.keys` beside it. A part
-appears whole or not at all, and is found by the digest of the weights, the image size, the preprocessing and
-the pooling: any of them changed is another folder.
+appears whole or not at all, and is found by the digest of the weights, the image size, the preprocessing,
+the pooling and the kind of device, whose last digits differ: any of them changed is another folder.
 """
 
 import hashlib
@@ -61,6 +61,7 @@ def extract(
         digest = networks.digest(backbone, weights)[:16]
         cache = (
             cache_dir / f"{backbone.replace('/', '-')}-{digest}-{image_size}-{images.PREPROCESSING}-{networks.POOLING}"
+            f"{'' if device == 'cpu' else '-cuda'}"
         )
     row_of = {source.key: row for row, source in enumerate({s.key: s for s in sources}.values())}
     features_UD = np.empty((len(row_of), networks.feature_size(backbone, image_size=image_size)), np.float16)
@@ -120,7 +121,7 @@ def decode_into(pixels_BSSC: np.ndarray, batch: Sequence[Source]) -> None:
     for source, pixels_SSC in zip(batch, pixels_BSSC, strict=False):
         try:
             pixels_SSC[:] = images.decode(source.path, len(pixels_SSC))
-        except images.UNREADABLE as error:
+        except images.UnreadableError as error:
             raise UnreadableImageError(f"image {source.path.name} cannot be read: {error}") from error
 
 

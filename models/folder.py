@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default="efficientnet_lite0", help=f"{', '.join(BACKBONES)} or timm/NAME")
     parser.add_argument("--weights", metavar="FILE", help="of the backbone; or random, to train in full from nothing")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same groups; default 0")
-    parser.add_argument("--truth", choices=["folder"], help="top folder names are true labels, for the report")
+    parser.add_argument("--truth", choices=["folder"], help="names of folders are true labels, for the report")
     parser.add_argument("--preset", choices=list(PRESETS), help="fast: smaller input and fewer restarts")
     parser.add_argument("--image-size", type=int, metavar="P", help="pixels a side; default 224")
     parser.add_argument("--epochs", type=int, metavar="E", help="default: the method's own")
@@ -133,16 +133,16 @@ def key_of_readable(path: Path) -> str | None:
         images.decode(path, 32)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except images.UNREADABLE:
+    except (images.UnreadableError, OSError):
         return None
 
 
 def true_labels(names: Sequence[str]) -> list[str]:
-    """The first folder of every file's name."""
+    """The folder that every file lies in."""
     loose = [name for name in names if "/" not in name]
     if loose:
         raise InputError(f"--truth folder: {loose[0]} lies in no folder that could name its class")
-    return [name.split("/", maxsplit=1)[0] for name in names]
+    return [name.split("/")[-2] for name in names]
 
 
 def progress_line() -> Callable[[Progress], None]:
@@ -189,4 +189,4 @@ def levels_csv(names: Sequence[str], grouping: Grouping) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))

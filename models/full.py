@@ -90,6 +90,7 @@ class Training:
         device: "cpu", "cuda" or "cuda:1".
         config: settings of the engine.
         checkpoint_dir: where to keep the state, and to look for one to go on from; None keeps none.
+        replace: begin anew where another run's checkpoint lies; else that is refused.
         checkpoint_every_s: seconds between checkpoints.
         images_digest: names the images in the checkpoint; by default SHA-256 of the pixels.
         stop: asked after every step; once true, the state is saved and `Stopped` raised.
@@ -112,13 +113,14 @@ class Training:
         device: str = "cpu",
         config: FullConfig | None = None,
         checkpoint_dir: Path | None = None,
+        replace: bool = False,
         checkpoint_every_s: float = 30.0,
         images_digest: str | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> None:
         self.pixels_NSSC, self.epochs, self.seed, self.device = pixels_NSSC, epochs, seed, device
         self.config = config or FullConfig()
-        self.checkpoint_dir, self.checkpoint_every_s = checkpoint_dir, checkpoint_every_s
+        self.checkpoint_dir, self.checkpoint_every_s, self.replace = checkpoint_dir, checkpoint_every_s, replace
         self.stop = stop or (lambda: False)
         images, size = pixels_NSSC.shape[:2]
         if images < 2 * distributed.world_size():
@@ -338,7 +340,15 @@ class Training:
 
     def resume(self) -> None:
         """Go back to the state of the checkpoint, where there is one."""
-        found = None if self.checkpoint_dir is None else checkpoint.load(self.checkpoint_dir, run=self.identity)
+        if self.checkpoint_dir is None:
+            return
+        try:
+            found = checkpoint.load(self.checkpoint_dir, run=self.identity)
+        except checkpoint.OtherRun as error:
+            if not self.replace:
+                raise
+            log.warning("%s; the training begins anew", error)
+            return
         if found is None:
             return
         self.done = found.position["done"]
@@ -354,7 +364,8 @@ class Training:
         }
         self.optimizer.load_state_dict(state)
         self.generator.set_state(found.tensors["random.views"])
-        self.random = {name: found.tensors[f"random.{name}"] for name in self.random}
+        # What a CPU has saved may go on on a GPU, whose generator it knows nothing of.
+        self.random = {name: found.tensors.get(f"random.{name}", state) for name, state in self.random.items()}
 
 
 def schedule(through: float, *, warmup: float, total: int) -> float:

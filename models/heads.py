@@ -39,7 +39,7 @@ from models.scl import (
 EPOCHS = 8
 # Times that clusters which the answer leaves empty are given images; what is empty after that is reported.
 REFILLS = 3
-# Predictions in the memory of the restarts that are trained at once: 256 MB.
+# Predictions in the memory of the restarts that are trained at once: 256 MB, or what a single one takes.
 MEMORY_FLOATS = 64 * 2**20
 # Restarts in a group, whose steps are taken in one: fewer of them would mostly wait for Python.
 TOGETHER = 12
@@ -152,6 +152,7 @@ def train(
     if len(z_SD) < len(z_ND):
         # An image of the sample that finds itself among its neighbours has one vote in some more.
         found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1], device=device)
+        found_NM = np.where(found_NM < 0, found_NM[:, :1].clip(min=0), found_NM)
         neighbours_NM = torch.from_numpy(found_NM).to(device)
     assignment = committee.answer(z_ND, neighbours_NM)
     for _ in range(REFILLS):

@@ -154,7 +154,8 @@ class Scl(Objective):
     @torch.no_grad()
     def begin_epoch(self, epoch: int) -> None:
         """Once clusters exist, look up every image's neighbours in the memory; the first time, start the clusters."""
-        first = round(self.config.start * self.epochs)
+        # Before the first epoch the memory is noise: no clusters are looked for in it, unless asked for.
+        first = max(round(self.config.start * self.epochs), 1 if self.config.start else 0)
         self.semantic = epoch >= first
         if not self.semantic:
             return

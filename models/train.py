@@ -77,7 +77,8 @@ def group(
         threads: for the pictures and the network; by default one for every core. Sets those of torch and FAISS. Starts
             and restarts are spread over all cores whatever it is (`joblib.cpu_count`, so `LOKY_MAX_CPU_COUNT`).
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is one.
-        checkpoint: folder for the state of a full training, to go on from after a kill.
+        checkpoint: folder for the state of a full training, to go on from after a kill. Another run's, or that of
+            another version of the algorithm, is replaced.
         checkpoint_every_s: seconds between the checkpoints of a full training.
         stop: asked often during a full training; once true, the state is saved.
 
@@ -149,8 +150,7 @@ class _Job:
         rows_NF = features_NF
         if config.method == "kmeans_pixels":
             rows_NF = raw.rows((yield from self.clock.follow("pixels", self.pixels(raw.SIDE))))
-        # Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
-        torch.set_num_threads(self.threads if self.clusters > MANY_CLUSTERS else 1)
+        self.set_threads_of_heads()
         fit = yield from self.clock.follow("training", fit_head(config, rows_NF, device=self.device))
         return fit, features_NF
 
@@ -172,6 +172,7 @@ class _Job:
             seed=self.config.seed,
             device=self.device,
             checkpoint_dir=checkpoint,
+            replace=True,
             checkpoint_every_s=checkpoint_every_s,
             images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
             stop=stop,
@@ -179,11 +180,19 @@ class _Job:
         yield from self.clock.follow("training", training.run())
         features_NF = training.features()
         restarts = cast("int", self.config.restarts)
+        self.set_threads_of_heads()
         with training.own_random():
             fit = training.objective.answer(features_NF, seed=self.config.seed, restarts=restarts)
         # New images can only be assigned by the backbone that was trained.
         state = {f"backbone.{name}": value.cpu().numpy() for name, value in training.network.state_dict().items()}
         return replace(fit, model={**fit.model, **state}), features_NF
+
+    def set_threads_of_heads(self) -> None:
+        """Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
+
+        Where torch was loaded before FAISS, which then shares its OpenMP, neighbours are looked up by as many.
+        """
+        torch.set_num_threads(self.threads if self.clusters > MANY_CLUSTERS else 1)
 
     def features(self) -> Generator[Progress, None, np.ndarray]:
         extraction = extract(
@@ -228,7 +237,7 @@ def check_collection(config: Config, sources: Sequence[Source], truth: Sequence[
 def check_distinct(clusters: int, rows_NF: np.ndarray, how: str) -> None:
     seen: set[bytes] = set()
     for row in rows_NF:
-        seen.add(row.tobytes())
+        seen.add(sha256(row.tobytes()).digest())
         if len(seen) >= clusters:
             return
     raise InputError(

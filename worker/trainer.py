@@ -24,16 +24,17 @@ from typing import Any
 
 import numpy as np
 from joblib import cpu_count
+from PIL import Image
 
 from app.storage import atomic_write, is_full
-from models import checkpoint
-from models.checkpoint import OtherRun
 from models.config import BackboneError
 from models.full import Stopped
 from models.train import Config, Grouping, InputError, Progress, Source, group, save_model
 from worker.command import STORAGE_FULL
 
 _PR_SET_PDEATHSIG = 1
+# The ingest has refused what is too large.
+Image.MAX_IMAGE_PIXELS = None
 EXIT_INPUT_ERROR = 2
 EXIT_STOPPED = 3
 EXIT_STORAGE_FULL = 4
@@ -46,11 +47,7 @@ def main() -> int:
     specification = json.loads((folder / "specification.json").read_text())
     _die_unwatched(folder / "alive", specification["lease_s"])
     try:
-        try:
-            _train(folder, specification)
-        except OtherRun:  # of this run, but written by another version of the algorithm
-            checkpoint.remove(Path(specification["checkpoint"]))
-            _train(folder, specification)
+        _train(folder, specification)
     except InputError as error:
         code = "invalid-backbone" if isinstance(error, BackboneError) else "invalid-collection"
         _tell("error", code=code, detail=str(error))

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from models import space
 from models.assign import Assignment, concatenate
@@ -45,7 +44,8 @@ def confirm(x_ND: np.ndarray, labels_N: np.ndarray, clusters: int, predict: Call
         q_BK = predict(rows_B)
         own_B = q_BK.gather(1, label_B[:, None])[:, 0]
         rest_B, runner_up_B = q_BK.scatter(1, label_B[:, None], -1).max(dim=1)
-        vote_BK = one_hot(label_N[neighbours_NM[rows_B]], clusters).sum(dim=1)
+        said_BM = label_N[neighbours_NM[rows_B]]
+        vote_BK = torch.zeros_like(q_BK).scatter_add_(1, said_BM, torch.ones(said_BM.shape, dtype=q_BK.dtype))
         part = Assignment(
             labels_N=label_B.numpy(),
             confidence_N=own_B.numpy(),

@@ -1,9 +1,11 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -89,6 +91,32 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(tmp_path, damage):
     checkpoint.save(tmp_path, state(3))
     assert checkpoint.read(tmp_path / checkpoint.PREVIOUS).position == {"done": 1} or damage == "gone"
     assert checkpoint.load(tmp_path, run=RUN).position == {"done": 3}
+
+
+def test_what_cannot_be_read_now_is_kept(tmp_path):
+    checkpoint.save(tmp_path, state(1))
+    checkpoint.save(tmp_path, state(2))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpoint.load(tmp_path, run=RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert checkpoint.load(tmp_path, run=RUN).position == {"done": 2}
+
+
+def test_processes_that_find_the_same_damage_go_on_alike(tmp_path):
+    for number in range(20):
+        folder = tmp_path / str(number)
+        checkpoint.save(folder, state(1))
+        checkpoint.save(folder, state(2))
+        (folder / checkpoint.NEWEST).write_bytes(b"")
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _, folder=folder: checkpoint.load(folder, run=RUN), range(4)))
+        assert [each.position for each in found] == 4 * [{"done": 1}]
 
 
 def test_all_damaged_is_a_fresh_start(tmp_path):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from models import backbones, features, images, networks
 from models.features import Source, UnreadableImageError
@@ -143,3 +143,41 @@ def test_the_whole_picture_is_seen(tmp_path):
     picture.save(tmp_path / "wide.png")
     pixels = images.decode(tmp_path / "wide.png", 100)
     assert pixels[50, 3].tolist() == pixels[50, 96].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(tmp_path, orientation):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("turned.png", "turned.jpg", "turned.tif"):
+        picture.save(tmp_path / name, exif=exif)
+        with Image.open(tmp_path / name) as found:
+            expected = ImageOps.exif_transpose(found).resize((32, 32), Image.Resampling.BILINEAR)
+        assert np.array_equal(images.decode(tmp_path / name, 32), np.asarray(expected)), name
+
+
+@pytest.mark.parametrize("exif", [b"MM\0*\0\0", b"XX\0*\0\0\0\x08", b"II*\0\xff\xff\xff\xff", b""])
+def test_broken_metadata_spares_the_picture(tmp_path, exif):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
+    picture.save(tmp_path / "whole.png")
+    picture.save(tmp_path / "broken.png", exif=exif)
+    assert np.array_equal(images.decode(tmp_path / "broken.png", 32), images.decode(tmp_path / "whole.png", 32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("float32", 0, 1), ("float32", -3, 1e6), ("int32", 0, 10**9), ("int32", -70_000, 5)]
+)
+def test_wide_numbers_are_stretched(tmp_path, kind, low, high):
+    ramp_HW = np.linspace(low, high, 64 * 64).reshape(64, 64).astype(kind)
+    Image.fromarray(ramp_HW).save(tmp_path / "wide.tif")
+    gray_HW = images.decode(tmp_path / "wide.tif", 64)[:, :, 0].astype(int)
+    assert gray_HW.min() == 0
+    assert gray_HW.max() == 255
+    assert np.abs(gray_HW - np.linspace(0, 255, 64 * 64).reshape(64, 64)).max() <= 1
+
+
+def test_numbers_that_are_none_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(images.UnreadableError, match="no finite numbers"):
+        images.decode(tmp_path / "nan.tif", 8)

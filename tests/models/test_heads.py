@@ -236,3 +236,18 @@ def test_starts_are_as_many_as_asked_and_means_of_their_groups():
 def test_the_scatter_is_shrunk_by_how_many_clusters_and_images_there_are(images, clusters, shrinkage):
     assert HeadConfig().shrunk(images, clusters) == shrinkage
     assert HeadConfig(shrinkage=0.3).shrunk(images, clusters) == 0.3
+
+
+def test_an_image_of_which_too_few_neighbours_are_found(monkeypatch):
+    """In the inverted file, which many copies make uneven, a search may end with nothing found."""
+    monkeypatch.setattr(space, "EXACT_LIMIT", 2000)
+    rng = np.random.default_rng(0)
+    different = rng.normal(size=(400, 64)).astype(np.float16)
+    features_NF = different[np.minimum(rng.zipf(1.3, 6000) - 1, 399)]
+    sample = heads.draw(6000, 3000, seed=0).numpy()
+    searched = np.ascontiguousarray(features_NF[sample].astype(np.float32))
+    assert (space.search(searched, features_NF.astype(np.float32), 16) < 0).any()
+    config = HeadConfig(sample=3000)
+    _, fit = finish(heads.train(features_NF, clusters=20, epochs=2, restarts=2, seed=0, config=config))
+    assert np.isfinite(fit.assignment.confidence_N).all()
+    assert fit.assignment.labels_N.shape == (6000,)

@@ -161,3 +161,12 @@ def test_nonsense_settings_are_refused():
         SclConfig(contrast_temperature=0)
     with pytest.raises(ValueError, match="start is 2"):
         FullConfig(start=2.0)
+
+
+def test_no_clusters_are_looked_for_in_the_noise_before_the_first_epoch():
+    alone = Scl(feature_size=6, images=20, clusters=3, epochs=1)
+    alone.begin_epoch(0)
+    assert not alone.semantic
+    asked = Scl(feature_size=6, images=20, clusters=3, epochs=1, config=FullConfig(start=0.0))
+    asked.begin_epoch(0)
+    assert asked.semantic

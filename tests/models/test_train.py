@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from models import train
 from models.config import METHODS
-from models.folder import main
+from models.folder import main, true_labels
 from models.full import Stopped
 from models.train import Config, InputError, group, save_model
 from tests.models.conftest import finish, sources_of
@@ -152,6 +153,13 @@ def test_a_full_training_told_to_stop_goes_on_from_there(sources, tmp_path):
     steps, resumed = finish(group(config, sources, checkpoint=tmp_path))
     assert next(step for step in steps if step.stage == "training").done == 3
     assert np.array_equal(resumed.labels_N, undisturbed.labels_N)
+    # What another run has left there is no reason to fail, nor any part of the answer.
+    other = Config(clusters=4, epochs=4, restarts=2, seed=7, **settings)
+    with pytest.raises(Stopped):
+        finish(group(other, sources, checkpoint=tmp_path, stop=lambda: True))
+    steps, anew = finish(group(config, sources, checkpoint=tmp_path))
+    assert next(step for step in steps if step.stage == "training").done == 0
+    assert np.array_equal(anew.labels_N, undisturbed.labels_N)
 
 
 def test_the_number_of_clusters_is_found(sources, cache):
@@ -306,6 +314,20 @@ def test_a_bad_command_line_is_one_line_too(capsys):
         main(["folder", "--clusters", "many", "--out", "out"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: argument --clusters: invalid number value: 'many'\n"
+
+
+def test_a_folder_with_names_that_are_no_utf_8(sources, tmp_path):
+    for number, source in enumerate(sources[:6]):
+        (tmp_path / os.fsdecode(b"caf\xe9-%d.png" % number)).write_bytes(source.path.read_bytes())
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("no picture")
+    assert main(arguments(tmp_path, tmp_path / "out", clusters=2)) == 0
+    labels = (tmp_path / "out" / "labels.csv").read_bytes()
+    assert labels.count(b"caf\xe9-") == 6
+    assert b"\xff.txt" in (tmp_path / "out" / "report.json").read_bytes()
+
+
+def test_true_labels_are_the_nearest_folders():
+    assert true_labels(["train/cat/1.jpg", "dog/2.jpg"]) == ["cat", "dog"]
 
 
 def test_true_labels_need_folders(tmp_path, capsys):
