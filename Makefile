@@ -1,4 +1,4 @@
-# Everything starts here. A fresh machine needs Python 3.11 or newer, GNU make and gcc.
+# Everything starts here. A fresh machine needs Python 3.11 or newer and GNU make.
 .PHONY: help demo up test test-faults check clean
 
 # The first that really runs and is new enough; the name alone says little where shims stand in for versions.
