@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{classes:>7} {len(rows):>6} {figures}", flush=True)
     factor, *powers = law(draws)
     print(
-        "temperature = {:.2f} * (differ + {}) ** {:.2f} * (images an epoch / clusters) ** {:.2f}".format(factor, OFFSET, *powers)
+        "temperature = {:.2f} * (differ + {}) ** {:.2f} * (images an epoch / clusters) ** {:.2f}".format(
+            factor, OFFSET, *powers
+        )
     )
     left_out = [predicted(draw, law([other for other in draws if other is not draw])) for draw in draws]
     plain, lawful = np.mean([draw.error(1) for draw in draws]), np.mean(left_out)

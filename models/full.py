@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models import checkpoint, distributed, networks, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
-from models.fit import Fit, seed_of
+from models.fit import seed_of
 from models.limits import check_below_one, check_not_negative, check_positive
 from models.objective import Objective, ObjectiveFactory
 from models.progress import Step
@@ -60,20 +60,6 @@ class FullConfig:
             raise ValueError(f"batch is {self.batch}; it must be at least 2")
         check_not_negative(self, "weight_decay")
         check_below_one(self, "warmup")
-
-
-def train(pixels_NSSC: np.ndarray, *, restarts: int, seed: int, **settings: Any) -> Generator[Step, None, Fit]:
-    """Train, then group the features of every image; settings are those of `Training`.
-
-    Under torchrun this is for process 0; the others run `Training(...).run()` and `.features()` beside it.
-    """
-    training = Training(pixels_NSSC, seed=seed, **settings)
-    yield from training.run()
-    features_NF = training.features()
-    with training.own_random():
-        fit = training.objective.answer(features_NF, seed=seed, restarts=restarts)
-    yield Step(done=training.total, total=training.total)
-    return fit
 
 
 class Training:
@@ -198,7 +184,7 @@ class Training:
                 stopping = distributed.anywhere(self.stop(), device=self.device)
                 saving = stopping or self.done == self.total or now_s - saved_s >= self.checkpoint_every_s
                 reporting = self.done % self.steps == 0 or now_s - reported_s >= REPORT_EVERY_S
-                if saving or reporting:  # only now is a GPU waited for
+                if saving or reporting:  # a single process waits for its GPU only now
                     means = {name: value.item() / number for name, value in sums.items()}
                     if not math.isfinite(means["loss"]):
                         raise InputError(

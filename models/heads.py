@@ -307,6 +307,7 @@ class Heads:
         scores, labels = [], []
         for x_SD, q_SK in zip(x_RSD, self.memory_RSK, strict=True):
             weights_BM = self.neighbour_weights(x_SD, rows_B)
+            q_BK = space.take(q_SK, rows_B)
             p_BK = torch.cat(
                 [
                     similarity_prediction(
@@ -315,8 +316,8 @@ class Heads:
                     for some in space.blocks(len(rows_B), space.BLOCK // 4)
                 ]
             )
-            scores.append(float(score(p_BK, q_SK[rows_B])))
-            labels.append((p_BK * q_SK[rows_B]).argmax(dim=1).cpu().numpy())
+            scores.append(float(score(p_BK, q_BK)))
+            labels.append(p_BK.mul_(q_BK).argmax(dim=1).cpu().numpy())
         self.forget()
         return Judged(scores=scores, labels_RB=np.stack(labels))
 

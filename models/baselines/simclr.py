@@ -17,6 +17,7 @@ from models.baselines import kmeans
 from models.fit import Fit
 from models.limits import check_positive
 from models.objective import Objective
+from models.progress import finish
 
 BLOCK = 8192
 
@@ -56,12 +57,7 @@ class Simclr(Objective):
     def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
         x_ND = self.layers(features_NF)[self.config.layer]
         steps = kmeans.train(x_ND, clusters=self.clusters, epochs=self.config.rounds, restarts=restarts, seed=seed)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                fit: Fit = end.value
-                return fit
+        return finish(steps)
 
     @torch.no_grad()
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:

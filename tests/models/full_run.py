@@ -70,6 +70,15 @@ def pictures(images=48, size=32):
     return (coarse[kind_N] + rng.integers(0, 56, (images, size, size, 3))).astype(np.uint8), kind_N
 
 
+def train(pixels_NSSC, *, restarts, seed, **settings):
+    """Train, then group the features of every image; settings are those of `Training`."""
+    training = full.Training(pixels_NSSC, seed=seed, **settings)
+    yield from training.run()
+    features_NF = training.features()
+    with training.own_random():
+        return training.objective.answer(features_NF, seed=seed, restarts=restarts)
+
+
 SETTINGS = {
     "objective": Remembering,
     "backbone": "resnet10_slim",

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from models import full, metrics
+from models import metrics
 from models.baselines import cc, kmeans, pica, pixels
 from models.baselines.cc import Cc, CcConfig
 from models.baselines.pica import Pica, PicaConfig
 from models.full import FullConfig
 from tests.models.conftest import finish
-from tests.models.full_run import pictures
+from tests.models.full_run import pictures, train
 
 SIZES = {"feature_size": 12, "images": 40, "clusters": 3, "epochs": 4}
 
@@ -146,7 +146,7 @@ def run(method, pixels_NSSC, **options):
         "config": FullConfig(batch=32),
         **options,
     }
-    return finish(full.train(pixels_NSSC, objective=method, **settings))
+    return finish(train(pixels_NSSC, objective=method, **settings))
 
 
 @pytest.mark.parametrize("method", [Cc, Pica])

@@ -11,7 +11,7 @@ from models.config import InputError
 from models.full import FullConfig, Training
 from models.objective import Objective
 from tests.models.conftest import finish
-from tests.models.full_run import SETTINGS, Remembering, pictures
+from tests.models.full_run import SETTINGS, Remembering, pictures, train
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_features_are_those_of_the_images_themselves():
 @pytest.mark.slow
 def test_simclr_tells_three_patterns_apart():
     pixels, kind_N = pictures(96)
-    steps = full.train(
+    steps = train(
         pixels,
         objective=Simclr,
         backbone="resnet10_slim",
@@ -151,7 +151,7 @@ def test_simclr_tells_three_patterns_apart():
 def test_a_few_images_are_enough(images):
     pixels = pictures(images)[0]
     options = {**SETTINGS, "clusters": 2, "epochs": 2, "restarts": 2}
-    fit = finish(full.train(pixels, **{**options, "objective": Simclr}))[1]
+    fit = finish(train(pixels, **{**options, "objective": Simclr}))[1]
     assert len(fit.assignment.labels_N) == images
 
 
