@@ -6,6 +6,7 @@ stands in the middle.
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from PIL import ExifTags, Image
 PREPROCESSING = "squash-bilinear-2"
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # multi-picture JPEGs open as JPEG
+
+# Broken metadata, of which it warns, is no reason to refuse a good picture.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Pillow registers its formats when it first meets one it does not know: here, before several threads do.
 Image.init()

@@ -4,10 +4,13 @@ Every method and every kind of weights file is gone through in `tests/models`; h
 """
 
 import hashlib
+import io
 import threading
 import uuid
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import safetensors.torch
 from sqlalchemy import func, text
@@ -19,7 +22,7 @@ from app.db.tables import Image, Run, Upload
 from app.services import collections, results, runs
 from app.services.parameters import Parameters
 from models.networks import SlimResNet
-from tests.pictures import picture, zip_of
+from tests.pictures import encoded, picture, zip_of
 from tests.worker.ingested import queued
 from tests.worker.test_supervise import collection_of, new_run, read
 from worker.ingest import ingest
@@ -170,3 +173,24 @@ def test_two_images_whose_number_of_groups_is_to_be_found():
 @pytest.mark.slow
 def test_images_that_are_all_equal_have_no_number_of_groups():
     assert problem_of(new_run(copies(6), clusters="auto", **TINY))["code"] == "invalid-collection"
+
+
+@pytest.mark.slow
+def test_what_the_ingest_accepts_can_be_grouped():
+    """Broken metadata and odd kinds of numbers: good pictures all the same."""
+    exif = b"MM\0*\0\0"
+    wide = np.linspace(0, 1, 40 * 30, dtype=np.float32).reshape(30, 40)
+    files = {f"{number}.png": picture(number, kind=number % 2) for number in range(6)}
+    files["exif.png"] = encoded(PIL.Image.open(io.BytesIO(picture(7))), "PNG", exif=exif)
+    files["float.tif"] = encoded(PIL.Image.fromarray(wide), "TIFF")
+    files["int.tif"] = encoded(PIL.Image.fromarray((wide * 1e9).astype(np.int32)), "TIFF")
+    upload_id = queued(("odd.zip", zip_of(files)))
+    with open_session() as session:
+        collection_id = session.get_one(Upload, upload_id).collection_id
+        run_id = runs.create(session, collection_id, Parameters(clusters=2, **TINY), after_upload=upload_id).id
+        session.commit()
+    ingest(upload_id, threading.Event())
+    run = after(run_id)
+    assert run.state == "succeeded", run.problem
+    with open_session() as session:
+        assert sum(results.sizes(session, run_id)) == 9
