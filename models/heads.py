@@ -107,6 +107,7 @@ def train(
         dimensions=config.dimensions,
         neighbours=wanted,
         shrinkage=config.shrunk(len(sample_S), clusters),
+        device=device,
     )
     z_ND, sample_S = axes.project(features_NF).to(device), sample_S.to(device)
     z_SD = z_ND[sample_S]

@@ -59,7 +59,9 @@ def fit(features_NF: np.ndarray, *, dimensions: int) -> Space:
     return Space(mean_F=mean_F, axes_FD=main_FD.contiguous())
 
 
-def discriminant(main: Space, features_NF: np.ndarray, *, dimensions: int, neighbours: int, shrinkage: float) -> Space:
+def discriminant(
+    main: Space, features_NF: np.ndarray, *, dimensions: int, neighbours: int, shrinkage: float, device: str = "cpu"
+) -> Space:
     """The directions along which images differ most for how little neighbours do.
 
     Unsupervised discriminant projection (Yang, Zhang, Yang and Niu, PAMI 2007): neighbours stand in for images of one
@@ -73,11 +75,12 @@ def discriminant(main: Space, features_NF: np.ndarray, *, dimensions: int, neigh
         neighbours: of each image; with none the main directions are returned.
         shrinkage: of the local scatter towards a multiple of the identity (Friedman, JASA 1989); 1 gives the main
             directions.
+        device: where neighbours are looked up.
 
     """
     x_ND = main.project(features_NF).numpy()
     asked_Q = np.arange(0, len(x_ND), max(1, len(x_ND) // SCATTERED))
-    near_QM = nearest(x_ND, neighbours, rows=asked_Q)
+    near_QM = nearest(x_ND, neighbours, rows=asked_Q, device=device)
     size = x_ND.shape[1]
     kept = min(dimensions, size)
     with threadpool_limits(1, user_api="blas"):  # sums in one order

@@ -74,7 +74,7 @@ def train(
     config = config or ScanConfig()
     x_ND = space.unit(features_NF)
     wanted = space.neighbour_count(len(x_ND), clusters, wanted=config.neighbours)
-    neighbours_NM = torch.from_numpy(space.nearest(x_ND, wanted)).to(device)
+    neighbours_NM = torch.from_numpy(space.nearest(x_ND, wanted, device=device)).to(device)
     table = Standardised(features_NF, device=device)
     generator = torch.Generator().manual_seed(seed_of(seed, 0))
 

@@ -77,7 +77,7 @@ def train(
     z_ND = (z_ND * z_ND.shape[1] ** 0.5).to(device)
     x_ND = space.unit(features_NF)
     wanted = space.neighbour_count(len(x_ND), clusters, wanted=config.neighbours)
-    neighbours_NM = torch.from_numpy(space.nearest(x_ND, wanted)).to(device)
+    neighbours_NM = torch.from_numpy(space.nearest(x_ND, wanted, device=device)).to(device)
 
     school = School(z_ND, neighbours_NM, clusters=clusters, heads=restarts, seed=seed_of(seed, 0), config=config)
     loss_H = torch.zeros(restarts)
