@@ -113,7 +113,8 @@ class Parameters(BaseModel):
         int | None, Field(ge=1, le=10_000, description="Passes over the images; unset: the method's default.")
     ] = None
     restarts: Annotated[
-        int | None, Field(ge=1, le=64, description="Independent starts; the best third of them answers together.")
+        int | None,
+        Field(ge=1, le=64, description="Independent starts; the best third of them, four at least, answers together."),
     ] = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="The same seed gives the same labels.")] = 0
     truth: Annotated[
