@@ -94,7 +94,7 @@ class Client:
     def __init__(self, server: str, key: str | None = None) -> None:
         """`key`: where the service asks for one. It goes to this server only: redirects are not followed."""
         self.server = server.rstrip("/")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {} if not key else {"Authorization": f"Bearer {key}"}
         self._http = httpx.Client(base_url=self.server, headers=headers, timeout=httpx.Timeout(60, read=600))
 
     def __enter__(self) -> Self:

@@ -55,6 +55,8 @@ def decode(path: Path, size: int) -> np.ndarray:
             pixels = to_rgb(upright(image)).resize((size, size), Image.Resampling.BILINEAR)
     except MemoryError:
         raise
+    except OSError as error:  # without the path, which is nobody's business where the picture was uploaded
+        raise UnreadableError(error.strerror or str(error)) from error
     except Exception as error:  # bytes that are no picture can make decoders raise anything
         raise UnreadableError(str(error) or type(error).__name__) from error
     return np.asarray(pixels)

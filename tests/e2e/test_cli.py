@@ -141,8 +141,12 @@ def test_a_setting_that_is_none_is_named(tmp_path: Path):
     assert "secret" not in done.stderr
 
 
-def test_a_server_that_is_not_there(tmp_path: Path):
+@pytest.mark.parametrize("key", [None, ""])
+def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None):
+    if key is not None:
+        monkeypatch.setenv("KINDRED_API_KEY", key)
     (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(4)))
     done = kindred("http://127.0.0.1:1", "cluster", "photos.zip", "--clusters", "2", cwd=tmp_path)
     assert done.returncode == 1
     assert "http://127.0.0.1:1 cannot be reached" in done.stderr
+    assert "refused" in done.stderr

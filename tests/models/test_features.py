@@ -181,3 +181,9 @@ def test_numbers_that_are_none_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "nan.tif")
     with pytest.raises(images.UnreadableError, match="no finite numbers"):
         images.decode(tmp_path / "nan.tif", 8)
+
+
+def test_a_picture_that_is_gone_is_named_without_its_folder(tmp_path):
+    with pytest.raises(UnreadableImageError) as caught:
+        run([Source(key="k", path=tmp_path / "gone.jpg")], None)
+    assert str(caught.value) == "image gone.jpg cannot be read: No such file or directory"
