@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -95,7 +96,11 @@ class Client:
         """`key`: where the service asks for one. It goes to this server only: redirects are not followed."""
         self.server = server.rstrip("/")
         headers = {} if not key else {"Authorization": f"Bearer {key}"}
-        self._http = httpx.Client(base_url=self.server, headers=headers, timeout=httpx.Timeout(60, read=600))
+        # No proxy between us and ourselves.
+        elsewhere = urlsplit(self.server).hostname not in ("localhost", "127.0.0.1", "::1")
+        self._http = httpx.Client(
+            base_url=self.server, headers=headers, timeout=httpx.Timeout(60, read=600), trust_env=elsewhere
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -7,14 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="KINDRED_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="KINDRED_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     database_url: str | None = Field(
         default=None,
@@ -102,7 +102,7 @@ class Settings(BaseSettings):
         description="How long a claimed run or upload stays claimed without a heartbeat, in seconds.",
     )
     heartbeat_s: Annotated[float, Field(gt=0)] = Field(
-        default=10.0, description="How often a worker renews its lease, in seconds."
+        default=10.0, validate_default=True, description="How often a worker renews its lease, in seconds."
     )
     sweep_s: Annotated[float, Field(gt=0)] = Field(
         default=15.0,
@@ -115,6 +115,14 @@ class Settings(BaseSettings):
     max_attempts: Annotated[int, Field(ge=1)] = Field(
         default=3, description="Attempts after which lost work has failed (`worker_lost`)."
     )
+
+    @field_validator("heartbeat_s")
+    @classmethod
+    def check_heartbeat(cls, heartbeat_s: float, others: ValidationInfo) -> float:
+        lease_s = others.data.get("lease_s")
+        if lease_s is not None and heartbeat_s > lease_s / 2:
+            raise ValueError(f"{heartbeat_s:g} is more than half of KINDRED_LEASE_S, {lease_s:g}")
+        return heartbeat_s
 
 
 @lru_cache(maxsize=1)

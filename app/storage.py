@@ -8,6 +8,7 @@
     {data_dir}/runs/{run}/                                   a finished run's artefacts, the trainers' log
     {data_dir}/runs/{run}/attempt-{n}/                       what an attempt makes, until it is a result
     {data_dir}/runs/{run}/checkpoint/                        what the next attempt goes on from
+    {data_dir}/deleted/                                      folders on their way out
     {data_dir}/metrics/{worker}.prom                         what a worker counts
     {data_dir}/weights/                                      weights files that users bring, or {weights_dir}
 
@@ -213,6 +214,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder whose row is gone; should this process end meanwhile, a sweeper finds what is left of it."""
+    if not path.exists():
+        return
+    grave = _root() / "deleted" / f"{path.name}-{uuid.uuid4().hex}"
+    grave.parent.mkdir(exist_ok=True)
+    path.rename(grave)
+    remove(grave)
+
+
+def all_discarded() -> Iterator[Path]:
+    folder = _root() / "deleted"
+    if folder.is_dir():
+        yield from folder.iterdir()
 
 
 def remove(path: Path) -> None:

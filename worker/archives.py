@@ -3,6 +3,7 @@
 Nothing here writes a file, and no name from outside is ever used as a path.
 """
 
+import errno
 import gzip
 import io
 import itertools
@@ -126,6 +127,7 @@ def entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
         tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RecursionError,
         NotImplementedError,
     ) as error:  # fmt: skip
+        _raise_ours(error)
         raise _damaged(name, error) from error
 
 
@@ -327,8 +329,15 @@ class _TarReader:
             if not data and self._left > 0:
                 raise EOFError(f"{self._left} bytes are missing")  # noqa: TRY301
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            _raise_ours(error)
             raise _damaged(self._filename, error) from error
         return data
+
+
+def _raise_ours(error: Exception) -> None:
+    """What the machine says (too many open files, a disk that cannot be read) is not the archive's fault."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
 
 
 def _damaged(filename: str, error: Exception) -> ArchiveError:

@@ -212,10 +212,10 @@ def _take_news(attempt: _Attempt, lines: "queues.SimpleQueue[bytes | None]") -> 
             return True
         try:
             event = json.loads(line)
-        except ValueError:
+            kind = event.pop("event")
+        except (ValueError, AttributeError, KeyError, TypeError):
             log.warning("trainer_chatters", run=str(attempt.run_id), line=line[:200])  # a library that prints
             continue
-        kind = event.pop("event")
         if kind == "error":
             attempt.error = {"code": event["code"], "detail": event["detail"]}
         elif kind == "stopped":

@@ -128,7 +128,9 @@ def remove_orphans() -> None:
 
 
 def remove_leftovers() -> None:
-    """Delete what killed attempts of finished runs left: nobody will go on from it."""
+    """Delete what killed attempts of finished runs left, which nobody will go on from, and what a deletion left."""
+    for folder in storage.all_discarded():
+        storage.remove(folder)
     for folder in storage.all_runs():
         try:
             run_id = uuid.UUID(folder.name)

@@ -51,7 +51,7 @@ def delete_collection(collection_id: uuid.UUID, session: DatabaseSession) -> Non
     runs = collections.remove(session, collection_id)
     session.commit()
     for path in (storage.collection(collection_id), *map(storage.run, runs)):
-        storage.remove(path)
+        storage.discard(path)
 
 
 @router.get("/{collection_id}/images", tags=["images"], responses=responses(404, 422))

@@ -1,4 +1,5 @@
 import uuid
+from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
@@ -7,6 +8,7 @@ from app import storage
 from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
+from app.errors import not_found
 from app.headers import attachment, image_name
 from app.services import images
 
@@ -24,7 +26,7 @@ def get_thumbnail(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse
     """A small JPEG, encoded anew and without metadata."""
     image = images.get(session, image_id)
     return FileResponse(
-        storage.thumbnail(image.collection_id, image.sha256),
+        _there(image_id, storage.thumbnail(image.collection_id, image.sha256)),
         media_type="image/jpeg",
         headers={"Cache-Control": _IMMUTABLE},
     )
@@ -39,10 +41,17 @@ def get_original(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse:
     """The file as it was uploaded, to be saved, never shown: it may be anything inside."""
     image = images.get(session, image_id)
     return FileResponse(
-        storage.original(image.collection_id, image.sha256),
+        _there(image_id, storage.original(image.collection_id, image.sha256)),
         media_type="application/octet-stream",
         headers={
             "Cache-Control": _IMMUTABLE,
             "Content-Disposition": attachment(image_name(image.filename, image.format)),
         },
     )
+
+
+def _there(image_id: uuid.UUID, path: Path) -> Path:
+    """The file, unless its collection was deleted a moment ago."""
+    if not path.is_file():
+        raise not_found("image", image_id)
+    return path

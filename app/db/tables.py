@@ -200,7 +200,7 @@ class Image(Table):
     __table_args__ = (
         _of_collection(),
         UniqueConstraint("collection_id", "sha256"),
-        # What assignments refer to, so that a run can only name images of its own collection.
+        # Nothing refers to it yet: that a run names images of its own collection only is the service's doing.
         UniqueConstraint("collection_id", "id"),
         Index("ix_images_collection_id_number", "collection_id", "number"),
         Index("ix_images_upload_id", "upload_id"),

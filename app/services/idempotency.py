@@ -6,7 +6,7 @@ Draft: IETF httpapi, The Idempotency-Key HTTP Header Field.
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, func
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -28,8 +28,13 @@ def recall(session: Session, key: str | None, request_digest: str) -> Idempotenc
             code="invalid-idempotency-key",
             fields={"Idempotency-Key": f"1 to {MAX_LENGTH} printable characters"},
         )
-    session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEEP))
-    found = session.get(IdempotencyKey, (tenant_of(session), key))
+    found = session.scalar(
+        select(IdempotencyKey).where(
+            IdempotencyKey.tenant_id == tenant_of(session),
+            IdempotencyKey.key == key,
+            IdempotencyKey.created_at >= func.now() - KEEP,
+        )
+    )
     if found is not None and found.request_digest != request_digest:
         raise _reused(key)
     return found
@@ -47,6 +52,8 @@ def remember(
     """Keep the answer in the transaction that creates what it speaks of."""
     if key is None:
         return
+    # Here and not in `recall`, whose transaction need not be committed.
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.created_at < func.now() - KEEP))
     inserted = session.execute(
         insert(IdempotencyKey)
         .values(key=key, request_digest=request_digest, status=status, location=location, body=body)

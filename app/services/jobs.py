@@ -119,6 +119,7 @@ def release(session: Session, table: JobTable, identity: uuid.UUID, attempt: int
         values = {
             "state": case((asked, "cancelled"), else_="queued"),
             "finished_at": case((asked, func.now())),
+            "eta_s": None,
         }
     return _changed(
         session,
@@ -170,6 +171,7 @@ def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
         state=state,
         finished_at=case((or_(over, cancelled), func.now())),
         problem=case((state == "failed", problem)),
+        eta_s=None,
     )
 
 

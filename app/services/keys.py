@@ -66,7 +66,7 @@ def create(
 def list_page(session: Session, limit: int, cursor: str | None) -> pages.Page[ApiKey]:
     """Newest first; of every tenant that the session sees."""
     query = select(ApiKey).order_by(ApiKey.created_at.desc(), ApiKey.prefix.desc()).limit(limit + 1)
-    after = pages.decode(cursor, datetime.fromisoformat, str)
+    after = pages.decode(cursor, datetime.fromisoformat, _prefix)
     if after is not None:
         created_at, prefix = after
         query = query.where(
@@ -74,6 +74,13 @@ def list_page(session: Session, limit: int, cursor: str | None) -> pages.Page[Ap
         )
     rows = session.scalars(query).all()
     return pages.page(rows, limit, lambda row: (row.created_at.isoformat(), row.prefix))
+
+
+def _prefix(value: object) -> str:
+    """What a cursor says is a prefix."""
+    if not isinstance(value, str) or not value.isalnum() or not value.isascii():
+        raise ValueError(value)
+    return value
 
 
 def list_all(session: Session) -> list[tuple[str, ApiKey]]:

@@ -29,7 +29,7 @@ def decode(cursor: str | None, *kinds: Callable[[Any], Any]) -> list[Any] | None
         if not isinstance(position, list) or len(position) != len(kinds):
             raise ValueError(cursor)  # noqa: TRY301 - one answer for every cursor that is not ours
         return [kind(element) for kind, element in zip(kinds, position, strict=True)]
-    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, binascii.Error, RecursionError) as error:
         raise Invalid(
             "This cursor is not one that this list gave out.",
             code="invalid-cursor",

@@ -92,7 +92,10 @@ def _form(request: Request, next_: str, problem: str | None = None) -> HTMLRespo
 
 def _local(address: str) -> str:
     """An address of ours, or else the first page: a link to here must not lead elsewhere afterwards."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return "/"
     plain = address.isprintable() and "\\" not in address
     ours = plain and address.startswith("/") and not address.startswith("//") and not (parts.scheme or parts.netloc)
     return address if ours else "/"

@@ -13,7 +13,7 @@ async function refresh() {
   } catch {
     return; // the service is away: the next look may find it back
   }
-  if (response.status === 404) location.reload();
+  if (response.status === 404 || response.redirected) location.reload(); // gone, or signed out
   if (!response.ok) return;
   const fresh = new DOMParser().parseFromString(await response.text(), 'text/html');
   for (const next of fresh.querySelectorAll('[data-live][id]')) take(next);
