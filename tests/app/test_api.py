@@ -197,6 +197,18 @@ def test_an_idempotency_key_creates_once(api: TestClient):
     assert_problem(other, 409, "idempotency-key-reused")
 
 
+def test_an_idempotency_key_is_new_again_after_a_day(api: TestClient):
+    request = {"files": {"file": archive()}, "data": {"clusters": "2"}, "headers": {"Idempotency-Key": "k-1"}}
+    first = api.post("/v1/cluster", **request)
+    with open_session() as session:
+        session.execute(text("UPDATE idempotency_keys SET created_at = created_at - interval '25 hours'"))
+        session.commit()
+    second = api.post("/v1/cluster", **request)
+    assert second.status_code == 202, second.text
+    assert first.json()["id"] != second.json()["id"]
+    assert rows("idempotency_keys") == 1
+
+
 def test_a_run_needs_images_that_are_there(api: TestClient):
     collection = api.post("/v1/collections", json={"name": "empty"}).json()
     path = collection["links"]["runs"]

@@ -32,6 +32,7 @@ from tests.app.test_web import METRICS, PAGE, finished_run, pages_of
 from tests.pictures import picture, zip_of
 from tests.waiting import wait_for
 from worker.ingest import ingest
+from worker.sweep import remove_leftovers
 
 SECRET = b"51 deg 28' 38\" N, the house of Ada"
 RISKY = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'quoted", "''", "\N{FULLWIDTH EQUALS SIGN}1"]
@@ -72,6 +73,28 @@ def test_a_thumbnail_keeps_nothing_that_the_file_said_of_itself(api: TestClient)
     assert not {"exif", "comment", "xmp", "icc_profile", "photoshop"} & served.info.keys()
     # The file itself is given back as it came.
     assert api.get(f"/v1/images/{image['id']}/original").content == sent
+
+
+def test_a_picture_whose_file_is_gone_is_not_there(api: TestClient):
+    image = taken_in(api, "a.png", picture(1))
+    for path in (settings().data_dir / "collections").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    for what in ("thumbnail", "original"):
+        assert_problem(api.get(f"/v1/images/{image['id']}/{what}"), 404, "image-not-found")
+
+
+def test_what_a_killed_deletion_left_is_swept_up(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    taken_in(api, "a.png", picture(1))
+    collection = api.get("/v1/collections").json()["items"][0]
+    with monkeypatch.context() as killed:
+        killed.setattr(storage, "remove", lambda _path: None)
+        assert api.delete(collection["links"]["self"]).status_code == 204
+    left = settings().data_dir / "deleted"
+    assert [path for path in left.rglob("*") if path.is_file()]
+    assert not list((settings().data_dir / "collections").iterdir())
+    remove_leftovers()
+    assert not list(left.iterdir())
 
 
 def test_an_original_is_saved_and_never_shown(api: TestClient):

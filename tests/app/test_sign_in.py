@@ -100,7 +100,7 @@ def test_a_wrong_key_is_refused_and_not_repeated(browser: TestClient, key: str):
     "elsewhere",
     [
         "https://evil.example/", "//evil.example", "/\\evil.example", "\\\\evil.example", "javascript:alert(1)", "evil",
-        "/\tx", "\n//evil.example", "///evil.example", "",
+        "/\tx", "\n//evil.example", "///evil.example", "", "//[",
     ],
 )  # fmt: skip
 def test_the_way_back_leads_nowhere_else(browser: TestClient, elsewhere: str):
