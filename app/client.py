@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from app.hosts import is_loopback
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 _BLOCK = 1024 * 1024
 _TAR_BLOCK = 512
@@ -97,7 +99,7 @@ class Client:
         self.server = server.rstrip("/")
         headers = {} if not key else {"Authorization": f"Bearer {key}"}
         # No proxy between us and ourselves.
-        elsewhere = urlsplit(self.server).hostname not in ("localhost", "127.0.0.1", "::1")
+        elsewhere = not is_loopback(urlsplit(self.server).hostname or "")
         self._http = httpx.Client(
             base_url=self.server, headers=headers, timeout=httpx.Timeout(60, read=600), trust_env=elsewhere
         )

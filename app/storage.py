@@ -221,8 +221,11 @@ def discard(path: Path) -> None:
     if not path.exists():
         return
     grave = _root() / "deleted" / f"{path.name}-{uuid.uuid4().hex}"
-    grave.parent.mkdir(exist_ok=True)
-    path.rename(grave)
+    try:
+        grave.parent.mkdir(exist_ok=True)
+        path.rename(grave)
+    except OSError:  # a full disk may have no room for another name, and deleting is what makes room
+        grave = path
     remove(grave)
 
 

@@ -19,6 +19,7 @@ from app.db.migrate import upgrade
 from app.db.session import session_of
 from app.embedded import ServerUrls, has_cluster, postgres_server, sockets_removed, start_servers, valkey_server
 from app.errors import KindredError
+from app.hosts import is_loopback
 from app.processes import Child, Output, StartError, Supervisor, signals_interrupt
 from app.services import keys
 
@@ -71,7 +72,7 @@ def running_url(data_dir: Path) -> str | None:
 @contextmanager
 def _service(settings: Settings, *, quiet: bool) -> Iterator[tuple[str, Supervisor]]:
     url = _url(settings)
-    if not _is_loopback(settings.host) and settings.database_url is None and not has_cluster(settings.data_dir):
+    if not is_loopback(settings.host) and settings.database_url is None and not has_cluster(settings.data_dir):
         raise _keyless(settings.host)  # before anything is made
     with ExitStack() as stack:
         folder = stack.enter_context(owned_folder(settings.data_dir))
@@ -83,7 +84,7 @@ def _service(settings: Settings, *, quiet: bool) -> Iterator[tuple[str, Supervis
         supervisor = stack.enter_context(Supervisor(output))
         urls = _servers(settings, folder, supervisor)
         _migrate(urls.database_url)
-        if not _is_loopback(settings.host) and not _has_keys(urls.database_url):
+        if not is_loopback(settings.host) and not _has_keys(urls.database_url):
             raise _keyless(settings.host)
         supervisor.start(*_children(settings, folder.path, urls))
         _await_ready(url, supervisor)
@@ -108,14 +109,6 @@ def _url(settings: Settings) -> str:
     return f"http://{host}:{settings.port}"
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _has_keys(database_url: str) -> bool:
     with session_of(database_url) as session:
         return keys.exist(session)
@@ -129,7 +122,7 @@ def _keyless(host: str) -> StartError:
 
 
 def _who_may_enter(settings: Settings) -> str:
-    if not _is_loopback(settings.host):
+    if not is_loopback(settings.host):
         return "Other machines reach it, over HTTP without encryption; every request needs a key."
     return "It answers this machine only. Until `kindred keys create NAME` makes a key, it asks for none."
 

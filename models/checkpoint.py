@@ -103,12 +103,6 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(run=about["run"], position=about["position"], tensors=tensors)
 
 
-def remove(folder: Path) -> None:
-    """Forget the run's checkpoints, once its result is safe."""
-    for name in (NEWEST, PREVIOUS):
-        (folder / name).unlink(missing_ok=True)
-
-
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the names, types, shapes and bytes of all tensors."""
     total = hashlib.sha256()

@@ -107,7 +107,9 @@ def run(options: argparse.Namespace) -> None:
         ],
         "metrics": grouping.metrics,
     }
-    write_text(options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        options.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace"
+    )
     write_text(options.out / "labels.csv", labels_csv(names, grouping))
     write_text(options.out / "levels.csv", levels_csv(names, grouping))
 
@@ -188,5 +190,6 @@ def levels_csv(names: Sequence[str], grouping: Grouping) -> str:
     return text.getvalue()
 
 
-def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+def write_text(path: Path, text: str, *, errors: str = "surrogateescape") -> None:
+    """In UTF-8; `errors` says what becomes of the bytes of a name that are none: by default they stay as they are."""
+    write_atomically(path, lambda file: file.write(text.encode(errors=errors)))

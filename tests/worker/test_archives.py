@@ -1,6 +1,8 @@
 import copy
+import errno
 import gzip
 import io
+import os
 import tarfile
 import time
 import zipfile
@@ -9,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.pictures import tar_of, zip_of
-from worker.archives import MAX_NAME, ArchiveError, DamagedFileError, Limits, display_name, entries, is_junk
+from worker.archives import (
+    MAX_NAME,
+    ArchiveError,
+    DamagedFileError,
+    Limits,
+    _TarReader,
+    display_name,
+    entries,
+    is_junk,
+)  # fmt: skip
 
 LIMITS = Limits(files=1000, unpacked_bytes=10**9)
 
@@ -269,3 +280,12 @@ def test_a_text_that_calls_itself_a_zip_is_no_archive(tmp_path: Path):
     path = tmp_path / "part"
     path.write_bytes(b"hello")
     assert refusal(path).code == "not-an-archive"
+
+
+def test_what_the_machine_says_is_not_the_archives_fault():
+    class Unreadable(io.BytesIO):
+        def read(self, _size: int | None = -1, /) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(OSError, match="Input/output error"):
+        _TarReader(Unreadable(), 10, "photos.tar").read(10)
