@@ -131,9 +131,9 @@ def now() -> float:
     return root.stat().st_mtime
 
 
-def is_full(error: OSError) -> bool:
+def is_full(error: Exception) -> bool:
     """Whether there was no room left, on the disk or in a quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def metrics() -> Path:

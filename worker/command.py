@@ -15,6 +15,10 @@ STORAGE_FULL = {
     "code": "storage-full",
     "detail": "The service has no room left for what this run makes; start it again when there is some.",
 }
+INTERNAL_ERROR = {
+    "code": "internal-error",
+    "detail": "The service failed at this for a reason of its own, not of your images; its log holds the details.",
+}
 _TRAINER = ("-m", "worker.trainer")
 
 

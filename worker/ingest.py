@@ -24,8 +24,10 @@ from app.db.tables import Upload
 from app.services import jobs, ledger
 from app.services.ledger import LedgerEntry, NewImage
 from worker.archives import ArchiveError
+from worker.command import INTERNAL_ERROR
 from worker.decoders import Answer, DecoderPool
 from worker.intake import Batch, Intake
+from worker.sweep import requeue_lost
 from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
@@ -61,17 +63,19 @@ def ingest(upload_id: uuid.UUID, stop: threading.Event) -> None:
     except _StoppingError:
         _give_back(upload, stop)
         return
-    except SQLAlchemyError as error:
-        if not is_away(error):
-            raise
+    except Exception as error:
         # What was committed stands, and the next attempt goes on behind it.
-        _give_back(upload, stop)
-        return
-    except OSError:
+        if is_away(error):
+            _give_back(upload, stop)
+            return
         if attempt.is_lost():
             # The next attempt has cleared this one's files away.
             return
-        raise
+        log.exception("ingest_broke", upload=str(upload_id), attempt=upload.attempt)
+        if upload.lost_attempts + 1 < settings().max_attempts:
+            _lose(upload, stop)
+            return
+        attempt.fail(**INTERNAL_ERROR)
     seconds = time.monotonic() - started
     log.info("upload_over", upload=str(upload_id), seconds=round(seconds, 1), **attempt.counts)
     _ring_for_what_waited(upload)
@@ -82,6 +86,13 @@ def _give_back(upload: Upload, stop: threading.Event) -> None:
     settle(lambda session: jobs.release(session, Upload, upload.id, upload.attempt), stop)
     queue.ring_upload(upload.id)
     log.info("upload_released", upload=str(upload.id), attempt=upload.attempt)
+
+
+def _lose(upload: Upload, stop: threading.Event) -> None:
+    """Count the attempt as lost and let the next begin at once."""
+    settle(lambda session: jobs.expire(session, Upload, upload.id, upload.attempt), stop)
+    requeue_lost(Upload)
+    queue.ring_upload(upload.id)
 
 
 def _ring_for_what_waited(upload: Upload) -> None:

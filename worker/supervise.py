@@ -33,9 +33,9 @@ from app.errors import Invalid
 from app.services import jobs, results, runs, tabular
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
-from worker.command import STORAGE_FULL, trainer_command
+from worker.command import INTERNAL_ERROR, STORAGE_FULL, trainer_command
 from worker.sweep import requeue_lost
-from worker.transactions import settle
+from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +57,7 @@ class _Attempt:
 
     run_id: uuid.UUID
     number: int
+    last: bool  # once it is lost, the run is given up
     stop: threading.Event  # set when the worker is told to stop
     images: list[tuple[uuid.UUID, str, str]]  # id, SHA-256, filename
     parameters: dict[str, Any]
@@ -103,6 +104,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         attempt = _Attempt(
             run_id=run_id,
             number=run.attempt,
+            last=run.lost_attempts + 1 >= settings().max_attempts,
             stop=stop,
             images=images,
             parameters=dict(run.parameters),
@@ -119,10 +121,17 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         _end_cancelled(attempt)
     except _Stopping:
         _release(attempt)
-    except OSError as error:
-        if not storage.is_full(error):
-            raise
-        _end(attempt, STORAGE_FULL)
+    except Exception as error:
+        if is_away(error):
+            raise  # the sweeper goes on from here
+        if storage.is_full(error):
+            _end(attempt, STORAGE_FULL)
+            return
+        log.exception("attempt_broke", run=str(run_id), attempt=attempt.number)
+        if attempt.last:
+            _end(attempt, INTERNAL_ERROR)
+        else:
+            _lose(attempt)  # it may have been the machine's mood; a training with the backbone has a checkpoint
     finally:
         storage.remove(attempt.folder)
 
@@ -284,9 +293,7 @@ def _conclude(attempt: _Attempt, status: int) -> None:
         _release(attempt)
     elif status < 0 or _KILLED_IN_TORCHRUN.search(said):
         log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, status=status)
-        settle(lambda session: jobs.expire(session, Run, attempt.run_id, attempt.number), attempt.stop)
-        requeue_lost(Run)
-        queue.ring_run(attempt.run_id)
+        _lose(attempt)
     else:
         log.error("trainer_failed", run=str(attempt.run_id), attempt=attempt.number, status=status, said=said)
         # With it, the trainer can be run by hand to see what went wrong.
@@ -300,6 +307,13 @@ def _conclude(attempt: _Attempt, status: int) -> None:
                 "the service's log holds the details.",
             },
         )
+
+
+def _lose(attempt: _Attempt) -> None:
+    """Count the attempt as lost and let the next begin at once."""
+    settle(lambda session: jobs.expire(session, Run, attempt.run_id, attempt.number), attempt.stop)
+    requeue_lost(Run)
+    queue.ring_run(attempt.run_id)
 
 
 def _release(attempt: _Attempt) -> None:

@@ -78,6 +78,15 @@ async def create_upload(
     return await _receive_and_store(request, caller, key, check, create)
 
 
+@router.get("/collections/{collection_id}/uploads", responses=responses(404, 422))
+def list_uploads(
+    collection_id: uuid.UUID, session: DatabaseSession, limit: Limit = 50, cursor: Cursor = None
+) -> PageOf[UploadOut]:
+    """The uploads into a collection, newest first."""
+    page = uploads.list_page(session, collection_id, limit, cursor)
+    return PageOf(items=[UploadOut.of(row) for row in page.items], next=page.next)
+
+
 @router.post(
     "/cluster",
     status_code=202,

@@ -27,6 +27,7 @@ def engine() -> Engine:
         pool_size=10,
         max_overflow=10,
         pool_timeout=10,
+        hide_parameters=True,  # an error that is logged names no file
         connect_args={"connect_timeout": 5},
     )
 

@@ -200,8 +200,6 @@ class Image(Table):
     __table_args__ = (
         _of_collection(),
         UniqueConstraint("collection_id", "sha256"),
-        # Nothing refers to it yet: that a run names images of its own collection only is the service's doing.
-        UniqueConstraint("collection_id", "id"),
         Index("ix_images_collection_id_number", "collection_id", "number"),
         Index("ix_images_upload_id", "upload_id"),
         CheckConstraint("length(sha256) = 64", name="sha256"),
@@ -249,7 +247,6 @@ class Run(Job, Table):
     __table_args__ = (
         *_job_rules(),
         _of_collection(),
-        UniqueConstraint("id", "collection_id"),
         Index("ix_runs_collection_id_created_at", "collection_id", "created_at"),
         Index("ix_runs_tenant_id_state", "tenant_id", "state"),
         Index("ix_runs_open", "created_at", postgresql_where=text("state IN ('queued', 'running')")),

@@ -4,7 +4,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from app.db.tables import Collection, Image, Run, Upload
@@ -46,12 +46,7 @@ def lock(session: Session, collection_id: uuid.UUID) -> Collection:
 
 def list_page(session: Session, limit: int, cursor: str | None) -> pages.Page[CollectionView]:
     """Newest first."""
-    query = select(Collection).order_by(Collection.created_at.desc(), Collection.id.desc()).limit(limit + 1)
-    after = pages.decode(cursor, datetime.fromisoformat, uuid.UUID)
-    if after is not None:
-        query = query.where(tuple_(Collection.created_at, Collection.id) < tuple_(*after))
-    rows = session.scalars(query).all()
-    found = pages.page(rows, limit, lambda row: (row.created_at.isoformat(), str(row.id)))
+    found = pages.newest_first(session, Collection, limit, cursor)
     return pages.Page(_views(session, found.items), found.next)
 
 

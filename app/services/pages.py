@@ -3,12 +3,19 @@
 import base64
 import binascii
 import json
+import uuid
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from sqlalchemy import ColumnElement, select, tuple_
+from sqlalchemy.orm import Session
+
+from app.db.tables import Collection, Run, Upload
 from app.errors import Invalid
 
 T = TypeVar("T")
+D = TypeVar("D", Collection, Run, Upload)
 
 
 class Page(NamedTuple, Generic[T]):
@@ -41,6 +48,17 @@ def page(rows: Sequence[T], limit: int, position: Callable[[T], Sequence[Any]]) 
     """A page out of `limit + 1` rows: the extra row only tells that there are more."""
     items = list(rows[:limit])
     return Page(items, encode(position(items[-1])) if len(rows) > limit else None)
+
+
+def newest_first(
+    session: Session, table: type[D], limit: int, cursor: str | None, *where: ColumnElement[bool]
+) -> Page[D]:
+    """A page of the rows of which all of `where` holds, by when they were made."""
+    query = select(table).where(*where).order_by(table.created_at.desc(), table.id.desc()).limit(limit + 1)
+    after = decode(cursor, datetime.fromisoformat, uuid.UUID)
+    if after is not None:
+        query = query.where(tuple_(table.created_at, table.id) < tuple_(*after))
+    return page(session.scalars(query).all(), limit, lambda row: (row.created_at.isoformat(), str(row.id)))
 
 
 def int32(value: Any) -> int:

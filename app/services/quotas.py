@@ -30,14 +30,16 @@ def check_queue(session: Session, tenant_id: uuid.UUID) -> None:
 def check_room(session: Session, tenant_id: uuid.UUID, coming: int) -> None:
     """Raise `TooLarge` when `coming` more bytes are more than a tenant may keep.
 
-    What is on its way counts as it arrived. An archive may bring more once it is unpacked; then the next is refused.
+    What is on its way counts as it arrived, or as what it has brought so far where that is more: an archive may bring
+    more once it is unpacked. Then the next is refused.
     """
     limit = settings().max_stored_bytes
     if limit is None:
         return
     _take_turn(session, tenant_id)
     images = select(func.coalesce(func.sum(Image.bytes), 0)).where(Image.tenant_id == tenant_id)
-    on_its_way = select(func.coalesce(func.sum(Upload.bytes), 0)).where(
+    brought = select(func.coalesce(func.sum(Image.bytes), 0)).where(Image.upload_id == Upload.id).scalar_subquery()
+    on_its_way = select(func.coalesce(func.sum(func.greatest(Upload.bytes - brought, 0)), 0)).where(
         Upload.tenant_id == tenant_id, Upload.state.in_(("queued", "running"))
     )
     kept = int(session.scalar(images) or 0) + int(session.scalar(on_its_way) or 0)

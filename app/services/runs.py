@@ -2,10 +2,9 @@
 
 import uuid
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import case, func, select, true, tuple_, update
+from sqlalchemy import case, func, select, true, update
 from sqlalchemy.orm import Session, aliased
 
 from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
@@ -92,16 +91,7 @@ def get_succeeded(session: Session, run_id: uuid.UUID) -> Run:
 def list_page(session: Session, collection_id: uuid.UUID, limit: int, cursor: str | None) -> pages.Page[Run]:
     """Newest first."""
     collections.get(session, collection_id)
-    query = (
-        select(Run)
-        .where(Run.collection_id == collection_id)
-        .order_by(Run.created_at.desc(), Run.id.desc())
-        .limit(limit + 1)
-    )
-    after = pages.decode(cursor, datetime.fromisoformat, uuid.UUID)
-    if after is not None:
-        query = query.where(tuple_(Run.created_at, Run.id) < tuple_(*after))
-    return pages.page(session.scalars(query).all(), limit, lambda row: (row.created_at.isoformat(), str(row.id)))
+    return pages.newest_first(session, Run, limit, cursor, Run.collection_id == collection_id)
 
 
 def latest(session: Session, collection_ids: Sequence[uuid.UUID], each: int) -> dict[uuid.UUID, list[Run]]:

@@ -51,15 +51,10 @@ def get(session: Session, upload_id: uuid.UUID) -> Upload:
     return upload
 
 
-def list_of_collection(session: Session, collection_id: uuid.UUID, limit: int = 50) -> list[Upload]:
-    return list(
-        session.scalars(
-            select(Upload)
-            .where(Upload.collection_id == collection_id)
-            .order_by(Upload.created_at.desc(), Upload.id)
-            .limit(limit)
-        )
-    )
+def list_page(session: Session, collection_id: uuid.UUID, limit: int, cursor: str | None) -> pages.Page[Upload]:
+    """Newest first."""
+    collections.get(session, collection_id)
+    return pages.newest_first(session, Upload, limit, cursor, Upload.collection_id == collection_id)
 
 
 def ledger_page(

@@ -20,6 +20,7 @@ from app.web.guard import CrossSiteGuard
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse, route_class=GuardedRoute)
 
 COLLECTIONS_A_PAGE = 20
+JOBS_A_PAGE = 50
 CLUSTERS_A_PAGE = 60
 MEMBERS_A_PAGE = 96
 LEDGER_A_PAGE = 200
@@ -94,17 +95,23 @@ def home(caller: CallerOf, after: Cursor = None) -> HTMLResponse:
 
 
 @router.get("/collections/{collection_id:uuid}")
-def collection(caller: CallerOf, collection_id: uuid.UUID, after: Cursor = None) -> HTMLResponse:
+def collection(
+    caller: CallerOf, collection_id: uuid.UUID, after: Cursor = None, uploads_after: Cursor = None
+) -> HTMLResponse:
     with tenant_session(caller.tenant_id) as session:
         view = collections.get(session, collection_id)
-        page = runs.list_page(session, collection_id, 50, after)
+        page = runs.list_page(session, collection_id, JOBS_A_PAGE, after)
+        received = uploads.list_page(session, collection_id, JOBS_A_PAGE, uploads_after)
         return render.page(
             "collection.html",
             caller=caller,
             collection=view,
             runs=[_view(session, row) for row in page.items],
-            next=page.next,
-            uploads=uploads.list_of_collection(session, collection_id),
+            next_runs=page.next,
+            first_runs=after is None,
+            uploads=received.items,
+            next_uploads=received.next,
+            first_uploads=uploads_after is None,
             previews=images.sample(session, [collection_id], each=24)[collection_id],
         )
 

@@ -38,16 +38,30 @@ def archive() -> tuple[str, bytes, str]:
     return ("pictures.zip", zip_of({"a/1.png": picture(1), "b/2.png": picture(2)}), "application/zip")
 
 
-def test_collections_come_newest_first_in_pages(api: TestClient):
-    made = [api.post("/v1/collections", json={"name": f"c{n}"}).json()["id"] for n in range(5)]
+def listed(api: TestClient, path: str) -> list[str]:
+    """The ids in a list, read two at a time."""
     seen, cursor = [], None
     while True:
-        page = api.get("/v1/collections", params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+        page = api.get(path, params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+        assert len(page["items"]) <= 2
         seen += [item["id"] for item in page["items"]]
         cursor = page["next"]
         if cursor is None:
-            break
-    assert seen == made[::-1]
+            return seen
+
+
+def test_collections_come_newest_first_in_pages(api: TestClient):
+    made = [api.post("/v1/collections", json={"name": f"c{n}"}).json()["id"] for n in range(5)]
+    assert listed(api, "/v1/collections") == made[::-1]
+
+
+def test_uploads_of_a_collection_come_newest_first_in_pages(api: TestClient):
+    links, other = (api.post("/v1/collections", json={"name": name}).json()["links"] for name in "ab")
+    made = [api.post(links["uploads"], files={"file": archive()}).json()["id"] for _ in range(5)]
+    api.post(other["uploads"], files={"file": archive()})
+    assert listed(api, links["uploads"]) == made[::-1]
+    (first,) = api.get(links["uploads"], params={"limit": 1}).json()["items"]
+    assert first == api.get(first["links"]["self"]).json()
 
 
 def test_a_created_collection_is_where_location_says(api: TestClient):
@@ -75,6 +89,7 @@ def test_a_foreign_cursor_is_refused(api: TestClient, cursor: str):
         ("DELETE", f"/v1/collections/{MISSING}", "collection-not-found"),
         ("GET", f"/v1/collections/{MISSING}/images", "collection-not-found"),
         ("GET", f"/v1/collections/{MISSING}/runs", "collection-not-found"),
+        ("GET", f"/v1/collections/{MISSING}/uploads", "collection-not-found"),
         ("GET", f"/v1/uploads/{MISSING}", "upload-not-found"),
         ("GET", f"/v1/uploads/{MISSING}/files", "upload-not-found"),
         ("GET", f"/v1/uploads/{MISSING}/files.csv", "upload-not-found"),

@@ -71,7 +71,10 @@ def test_a_page_size_out_of_range_is_named(api: TestClient, path: str, limit: st
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("route", ["/v1/collections", "/v1/collections/{}/images", "/v1/collections/{}/runs"])
+@pytest.mark.parametrize(
+    "route",
+    ["/v1/collections", "/v1/collections/{}/images", "/v1/collections/{}/runs", "/v1/collections/{}/uploads"],
+)
 def test_a_forged_cursor_is_refused_or_ends_the_list(api: TestClient, collection: str, route: str, position: list):
     answer = api.get(route.format(collection), params={"cursor": encode(position)})
     if answer.status_code != 200:

@@ -184,7 +184,7 @@ STEPS = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_any_order_of_events_leaves_one_truth(steps):
-    """Terminal states stay, attempts only grow, and no CHECK constraint is ever hit."""
+    """Terminal states stay, attempts only grow, only what runs has an ETA, and no CHECK constraint is ever hit."""
     run_id = queued_run()
     attempt = 0
     ended: str | None = None
@@ -194,7 +194,7 @@ def test_any_order_of_events_leaves_one_truth(steps):
                 run = jobs.claim(session, Run, run_id)
                 attempt = run.attempt if run else attempt
             elif step == "beat":
-                jobs.heartbeat(session, Run, run_id, attempt, progress=0.5)
+                jobs.heartbeat(session, Run, run_id, attempt, progress=0.5, eta_s=5.0)
             elif step == "expire":
                 jobs.expire(session, Run, run_id, attempt)
             elif step == "sweep":
@@ -205,9 +205,9 @@ def test_any_order_of_events_leaves_one_truth(steps):
                 except runs.Conflict:
                     session.rollback()
             elif step == "finish":
-                jobs.finish(session, Run, run_id, attempt)
+                jobs.finish(session, Run, run_id, attempt, eta_s=None)
             elif step == "fail":
-                jobs.fail(session, Run, run_id, attempt, {"code": "x", "detail": "x"})
+                jobs.fail(session, Run, run_id, attempt, {"code": "x", "detail": "x"}, eta_s=None)
             elif step == "release":
                 jobs.release(session, Run, run_id, attempt)
             else:
@@ -221,3 +221,4 @@ def test_any_order_of_events_leaves_one_truth(steps):
             assert run.state == ended
         ended = run.state if run.state in ("succeeded", "failed", "cancelled") else None
         assert not (run.state == "succeeded" and run.cancel_requested_at is not None)
+        assert run.state == "running" or run.eta_s is None

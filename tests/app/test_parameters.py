@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sqlalchemy import text
 
 from app import storage
-from app.config import settings
+from app.config import Settings, settings
 from app.db.session import open_session
 from app.errors import Invalid
 from app.services import parameters, runs
@@ -104,6 +104,29 @@ def test_a_weights_file_must_be_there_when_it_is_named(api: TestClient, tmp_path
     run = api.post("/v1/cluster", **request).json()
     assert run["parameters"]["weights"] == "net.pth"
     assert storage.weights("net.pth") == folder.resolve() / "net.pth"
+
+
+def test_a_folder_that_is_set_to_nothing_is_not_set(database: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Compose files pass on variables that nobody has set as empty ones; empty is also how one writes "here"."""
+    (tmp_path / "here.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KINDRED_WEIGHTS_DIR", "")
+    settings.cache_clear()
+    assert settings().weights_dir is None
+    assert storage.weights_files() == []
+
+
+def test_a_lease_outlives_a_missed_heartbeat(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KINDRED_LEASE_S", "6")
+    monkeypatch.setenv("KINDRED_HEARTBEAT_S", "3")
+    assert Settings().heartbeat_s == 3
+    for heartbeat_s in ("3.1", None):  # 10 as it comes
+        if heartbeat_s is None:
+            monkeypatch.delenv("KINDRED_HEARTBEAT_S")
+        else:
+            monkeypatch.setenv("KINDRED_HEARTBEAT_S", heartbeat_s)
+        with pytest.raises(ValidationError, match="more than half of KINDRED_LEASE_S, 6"):
+            Settings()
 
 
 def test_the_weights_folder_is_a_setting(database: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

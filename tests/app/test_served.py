@@ -26,8 +26,7 @@ from app.main import create_app
 from app.services import tabular
 from app.services.results import labels_csv, labels_json
 from benchmarks.export import written
-from tests.app.keys import bearer, make_key
-from tests.app.test_api import archive, assert_problem, files_below, rows
+from tests.app.test_api import assert_problem, files_below
 from tests.app.test_web import METRICS, PAGE, finished_run, pages_of
 from tests.pictures import picture, zip_of
 from tests.waiting import wait_for
@@ -211,44 +210,6 @@ def test_what_fails_says_it_too(database: None, monkeypatch: pytest.MonkeyPatch)
         assert answer.status_code in (403, 500)
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "default-src 'none'" in answer.headers["content-security-policy"]
-
-
-def test_a_tenant_s_queue_is_limited_and_nobody_else_s(api: TestClient, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("KINDRED_MAX_QUEUED_RUNS", "2")
-    settings.cache_clear()
-    one, another = bearer(make_key("one")), bearer(make_key("another"))
-    request = {"files": {"file": archive()}, "data": {"clusters": "2"}}
-    made = [api.post("/v1/cluster", **request, headers=one) for _ in range(3)]
-    assert [answer.status_code for answer in made] == [202, 202, 429]
-    assert "At most 2 runs" in assert_problem(made[2], 429, "too-many-runs")["detail"]
-    assert int(made[2].headers["retry-after"]) > 0
-    assert (rows("runs"), rows("uploads"), rows("collections")) == (2, 2, 2)
-    assert len(files_below(settings().data_dir)) == 2
-    assert api.post("/v1/cluster", **request, headers=another).status_code == 202
-    api.post(made[0].json()["links"]["cancel"], headers=one)
-    assert api.post("/v1/cluster", **request, headers=one).status_code == 202
-
-
-def test_what_a_tenant_keeps_is_limited(api: TestClient, monkeypatch: pytest.MonkeyPatch):
-    size = len(archive()[1])
-    monkeypatch.setenv("KINDRED_MAX_STORED_BYTES", str(2 * size + 1000))
-    settings.cache_clear()
-    one, another = bearer(make_key("one")), bearer(make_key("another"))
-    request = {"files": {"file": archive()}, "data": {"clusters": "2"}}
-    statuses = [api.post("/v1/cluster", **request, headers=one).status_code for _ in range(2)]
-    assert statuses == [202, 202]
-    body = assert_problem(api.post("/v1/cluster", **request, headers=one), 413, "quota-exceeded")
-    assert str(2 * size) in body["detail"]
-    assert len(files_below(settings().data_dir)) == 2
-    assert api.post("/v1/cluster", **request, headers=another).status_code == 202
-
-    def undeclared():  # the length is only known once it is all there
-        form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="p.zip"\r\n\r\n'
-        yield form + archive()[1] + b'\r\n--b\r\nContent-Disposition: form-data; name="clusters"\r\n\r\n2\r\n--b--\r\n'
-
-    headers = one | {"Content-Type": "multipart/form-data; boundary=b"}
-    assert_problem(api.post("/v1/cluster", content=undeclared(), headers=headers), 413, "quota-exceeded")
-    assert len(files_below(settings().data_dir)) == 3
 
 
 def test_the_report_of_a_run_is_json_whatever_it_says(api: TestClient):

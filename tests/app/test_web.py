@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import cast, text, update
+from sqlalchemy import cast, func, text, update
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import OperationalError
 from starlette.datastructures import Headers
@@ -19,6 +19,7 @@ from app.services import collections, results
 from app.services.parameters import TRAIN_OF_METHOD
 from app.web import wording
 from app.web.guard import comes_from_here
+from app.web.pages import JOBS_A_PAGE
 from tests.pictures import picture, zip_of
 
 HOSTILE = "<script>alert('1')</script>/\"onerror=alert(2) x=.png"
@@ -261,6 +262,28 @@ def test_an_empty_service_says_what_to_do(browser: TestClient):
     page = browser.get("/").text
     assert "Nothing here yet" in page
     assert "data-open" not in page
+
+
+def test_a_collection_s_uploads_come_in_pages(browser: TestClient):
+    run = finished_run()
+    with open_session() as session:
+        session.add_all(
+            Upload(id=uuid.uuid4(), collection_id=run.collection_id, bytes=1, state="succeeded", finished_at=func.now())
+            for _ in range(JOBS_A_PAGE)
+        )
+        session.commit()
+    path = f"/collections/{run.collection_id}"
+    first = browser.get(path).text
+    (further,) = re.findall(r'rel="next" href="([^"]+)"', first)
+    assert further.endswith("#uploads-title")
+    second = browser.get(further).text
+    assert 'rel="next"' not in second
+    assert f'href="{path}#uploads-title">First page</a>' in second
+    seen = re.findall(r'id="upload-([^"]+)"', first + second)
+    assert (len(seen), len(set(seen))) == (JOBS_A_PAGE + 1, JOBS_A_PAGE + 1)
+    # Runs have a page of their own, and all of them are on the first.
+    assert str(run.id) in first
+    assert str(run.id) in second
 
 
 @pytest.mark.parametrize(

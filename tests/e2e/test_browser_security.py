@@ -268,6 +268,18 @@ def test_one_signs_in_works_and_signs_out(page: Page, context: BrowserContext, t
     expect(page.get_by_text("Mine")).to_have_count(0)
 
 
+def test_a_page_that_waits_asks_to_sign_in_again_once_its_session_is_over(page: Page):
+    sign_in(page, make_key(name="laptop"))
+    submit(page, archive(two_kinds(4)), name="Mine")  # no worker is there, so it waits
+    page.wait_for_url(re.compile(r"/runs/[0-9a-f-]{36}$"))
+    expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    with open_session() as session:
+        session.execute(text("UPDATE web_sessions SET expires_at = now()"))
+        session.commit()
+    expect(page.get_by_role("heading", name="Sign in to Kindred")).to_be_visible(timeout=15_000)
+    expect(page).to_have_url(re.compile(r"/sign-in\?next=%2Fruns%2F"))
+
+
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_pages_of_signing_in_fit_the_window(page: Page, width: int):
     page.set_viewport_size({"width": width, "height": 800})

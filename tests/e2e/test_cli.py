@@ -4,6 +4,8 @@ import csv
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,33 @@ def test_a_server_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.returncode == 1
     assert "http://127.0.0.1:1 cannot be reached" in done.stderr
     assert "refused" in done.stderr
+
+
+@pytest.mark.parametrize(("server", "asked"), [("http://127.0.0.1:1", False), ("http://kindred.invalid:1", True)])
+def test_a_proxy_is_asked_for_other_machines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, *, asked: bool
+):
+    """It would see the pictures and the key."""
+    heard = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.path)
+            self.send_error(502)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(4)))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        done = kindred(server, "cluster", "photos.zip", "--clusters", "2", cwd=tmp_path)
+        proxy.shutdown()
+    assert done.returncode == 1
+    assert bool(heard) == asked, heard

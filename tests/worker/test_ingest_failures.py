@@ -71,6 +71,27 @@ def test_files_that_an_attempt_left_without_rows_go_with_the_failed_upload():
     assert_files_match_rows()
 
 
+@pytest.mark.parametrize("mended", [False, True])
+def test_an_ingest_that_breaks_is_tried_again_at_once_and_then_says_whose_fault_it_is(*, mended: bool):
+    upload_id = queued(("a.zip", zip_of(two_kinds(6))))
+    with open_session() as session:
+        obstacle = storage.collection(uploads.get(session, upload_id).collection_id) / "originals"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_bytes(b"a file where a folder should be")
+    for attempt in (1, 2):
+        upload = run(upload_id)
+        assert (upload.state, upload.attempt, upload.lost_attempts) == ("queued", attempt, attempt)
+    if mended:
+        obstacle.unlink()
+    upload = run(upload_id)
+    if mended:
+        assert (upload.state, upload.accepted, len(images())) == ("succeeded", 6, 6)
+        assert_files_match_rows()
+    else:
+        assert (upload.state, upload.problem["code"], images()) == ("failed", "internal-error", [])
+        assert not storage.incoming(upload_id).exists()
+
+
 def test_what_is_taken_back_is_taken_back_under_the_lease(monkeypatch: pytest.MonkeyPatch):
     """Removing many files takes longer than a lease; and whoever lost it in between must not remove the next one's."""
     monkeypatch.setenv("KINDRED_HEARTBEAT_S", "0.000001")

@@ -130,6 +130,37 @@ def test_a_second_message_does_nothing():
     assert (after.attempt, after.finished_at) == (before.attempt, before.finished_at)
 
 
+def obstructed(run_id: uuid.UUID) -> Path:
+    """A folder with something in it, where the run's model is to go."""
+    obstacle = storage.run(run_id) / "model.json" / "occupied"
+    obstacle.mkdir(parents=True)
+    return obstacle.parent
+
+
+def test_a_result_that_cannot_be_stored_is_tried_again_at_once_and_then_says_whose_fault_it_is():
+    run_id = new_run(collection_of(8), method="kmeans")
+    obstructed(run_id)
+    for attempt in (1, 2, 3):
+        supervise(run_id, threading.Event())
+        run = read(run_id)
+        assert (run.attempt, run.state) == (attempt, "queued" if attempt < 3 else "failed")
+    assert run.problem is not None
+    assert run.problem["code"] == "internal-error"
+    with open_session() as session:
+        assert results.sizes(session, run_id) == []
+    assert not list(storage.run(run_id).glob("attempt-*"))
+
+
+def test_a_result_that_could_not_be_stored_once_is_stored_by_the_next_attempt():
+    run_id = new_run(collection_of(8), method="kmeans")
+    obstacle = obstructed(run_id)
+    supervise(run_id, threading.Event())
+    storage.remove(obstacle)
+    supervise(run_id, threading.Event())
+    run = read(run_id)
+    assert (run.attempt, run.lost_attempts, run.state) == (2, 1, "succeeded")
+
+
 def test_a_killed_trainer_is_tried_again_and_after_three_times_given_up():
     collection_id = collection_of(8)
     run_id = new_run(collection_id, method="kmeans")
