@@ -5,9 +5,11 @@ M neighbours, R restarts.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor
 from torch.nn.functional import log_softmax, normalize, softmax
 
@@ -80,14 +82,26 @@ class Committee:
         surveyed = list(self.predictions(z_ND[::stride], neighbours_NM[::stride]))
         differ = np.concatenate([(p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).cpu().numpy() for p_BK, q_BK in surveyed])
         rule, temperature = self.config.rule, calibrated_temperature(float(differ.mean()), self.images_each)
-        everywhere = surveyed if stride == 1 else self.predictions(z_ND, neighbours_NM)
-        return concatenate([assign(p_BK, q_BK, rule=rule, temperature=temperature) for p_BK, q_BK in everywhere])
+        if stride == 1:
+            return concatenate([assign(p_BK, q_BK, rule=rule, temperature=temperature) for p_BK, q_BK in surveyed])
+
+        def answer(rows_B: slice) -> Assignment:
+            p_BK, q_BK = self.predict(z_ND[rows_B], neighbours_NM[rows_B])
+            return assign(p_BK, q_BK, rule=rule, temperature=temperature)
+
+        threads = max(1, cpu_count() // torch.get_num_threads()) if z_ND.device.type == "cpu" else 1
+        with ThreadPoolExecutor(threads, thread_name_prefix="answer") as pool:
+            return concatenate(list(pool.map(answer, self.blocks(neighbours_NM))))
 
     def predictions(self, z_ND: Tensor, neighbours_NM: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """By similarity and by boundary, a block of images at a time, which fits the caches of a core."""
-        block = max(64, min(space.GATHERED, 2**25 // (neighbours_NM.shape[1] * self.centres_RKD.shape[1])))
-        for rows_B in space.blocks(len(z_ND), block):
+        """By similarity and by boundary, a block of images at a time."""
+        for rows_B in self.blocks(neighbours_NM):
             yield self.predict(z_ND[rows_B], neighbours_NM[rows_B])
+
+    def blocks(self, neighbours_NM: Tensor) -> list[slice]:
+        """Rows that are looked at together: as many as fit the caches of a core."""
+        images, neighbours = neighbours_NM.shape
+        return space.blocks(images, max(64, min(space.GATHERED, 2**25 // (neighbours * self.centres_RKD.shape[1]))))
 
     @torch.no_grad()
     def predict(self, z_BD: Tensor, neighbours_BM: Tensor) -> tuple[Tensor, Tensor]:

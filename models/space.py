@@ -5,6 +5,7 @@ Letters in shapes: N images, F features of the backbone, D dimensions kept, M ne
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from joblib import cpu_count
 from scipy.linalg import eigh
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -22,6 +24,8 @@ from torch.nn.functional import normalize
 BLOCK = 8192
 # Images whose neighbours' vectors are gathered at a time: more of them leave the caches of a core.
 GATHERED = 1024
+# So many images, up to twice as many, are looked up by a thread at a time; with fewer BLAS takes another, slower way.
+ASKED = 2048
 # Up to here every pair is compared (50,000 images: some seconds); above, an inverted file answers.
 EXACT_LIMIT = 50_000
 # The same on a GPU, which then multiplies a block of images with all of them at a time.
@@ -178,8 +182,8 @@ def search(among_SD: np.ndarray, x_ND: np.ndarray, count: int, *, device: str = 
     n, dimensions = among_SD.shape
     if device != "cpu" and count <= n <= EXACT_LIMIT_CUDA:
         among_DS, asked_ND = torch.from_numpy(among_SD).to(device).T, torch.from_numpy(x_ND).to(device)
-        parts = [(asked_ND[some] @ among_DS).topk(count, dim=1).indices for some in blocks(len(x_ND), GATHERED)]
-        nearest_NM: np.ndarray = torch.cat(parts).cpu().numpy()
+        found = [(asked_ND[some] @ among_DS).topk(count, dim=1).indices for some in blocks(len(x_ND), GATHERED)]
+        nearest_NM: np.ndarray = torch.cat(found).cpu().numpy()
         return nearest_NM
     index: Any = faiss.IndexFlatIP(dimensions)
     if n > EXACT_LIMIT:
@@ -189,7 +193,11 @@ def search(among_SD: np.ndarray, x_ND: np.ndarray, count: int, *, device: str = 
         index.train(among_SD[:: max(1, n // (64 * cells))])
         index.nprobe = max(8, cells // 64)
     index.add(among_SD)
-    found_NM: np.ndarray = index.search(x_ND, count)[1]
+    # Parts are the same on every machine, whose threads take one after the other, each by itself.
+    parts = np.array_split(x_ND, max(1, len(x_ND) // ASKED))
+    threads = min(len(parts), cpu_count())
+    with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        found_NM: np.ndarray = np.concatenate(list(pool.map(lambda part_BD: index.search(part_BD, count)[1], parts)))
     return found_NM
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softmax
 
 from models import space
-from models.baselines.vote import confirm
+from models.baselines.vote import confirm, electors
 from models.fit import Fit, agreement, seed_of
 from models.progress import Step
 
@@ -36,8 +36,10 @@ def train(
         return space.k_means(x_ND, clusters, rounds=epochs, seed=seed_of(seed, restart))
 
     ends = []
-    with space.one_core(), ThreadPoolExecutor(min(restarts, cpu_count())) as pool:
-        for restart, end in enumerate(pool.map(fit, range(restarts))):
+    with space.one_core(), ThreadPoolExecutor(min(restarts + 1, cpu_count())) as pool:
+        starts = [pool.submit(fit, restart) for restart in range(restarts)]
+        near = pool.submit(electors, x_ND, clusters)  # so that no core waits for the last start
+        for restart, end in enumerate(start.result() for start in starts):
             ends.append(end)
             details = {"restart": restart + 1.0, "inertia": float(end.inertia_) / len(x_ND)}
             yield Step(done=restart + 1, total=restarts, details=details)
@@ -49,7 +51,7 @@ def train(
 
     labels = [end.labels_.astype(np.int64) for end in ends]
     return Fit(
-        assignment=confirm(x_ND, best.labels_.astype(np.int64), clusters, predict),
+        assignment=confirm(x_ND, best.labels_.astype(np.int64), clusters, predict, neighbours_NM=near.result()),
         x_ND=x_ND,
         model={"centres": centre_KD.numpy()},
         scores=[-float(end.inertia_) / len(x_ND) for end in ends],

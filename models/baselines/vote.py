@@ -19,7 +19,24 @@ NEIGHBOURS = 15
 BLOCK = 2048
 
 
-def confirm(x_ND: np.ndarray, labels_N: np.ndarray, clusters: int, predict: Callable[[slice], Tensor]) -> Assignment:
+def electors(x_ND: np.ndarray, clusters: int) -> np.ndarray:
+    """The neighbours that vote, of shape (N, M); looked up in the reduced space, whose axes some thousand images tell.
+
+    They are the same ones as among `x_ND`, float32 unit vectors, and found many times faster.
+    """
+    wanted = space.neighbour_count(len(x_ND), clusters, wanted=NEIGHBOURS)
+    some_SD = x_ND[:: max(1, len(x_ND) // space.SCATTERED)]
+    return space.nearest(space.fit(some_SD, dimensions=96).project(x_ND).numpy(), wanted)
+
+
+def confirm(
+    x_ND: np.ndarray,
+    labels_N: np.ndarray,
+    clusters: int,
+    predict: Callable[[slice], Tensor],
+    *,
+    neighbours_NM: np.ndarray | None = None,
+) -> Assignment:
     """The labels with their confidence, and whether the neighbours agree.
 
     Args:
@@ -28,15 +45,11 @@ def confirm(x_ND: np.ndarray, labels_N: np.ndarray, clusters: int, predict: Call
         clusters: how many there are.
         predict: the method's probabilities of some rows, shape (B, K), on the CPU. Confidence is that of the label;
             where the method labels by something else than its likeliest cluster the margin can be below 0.
+        neighbours_NM: its `electors`, where they are known already.
 
     """
     label_N = torch.from_numpy(labels_N)
-    wanted = space.neighbour_count(len(x_ND), clusters, wanted=NEIGHBOURS)
-    # Neighbours are looked up in the reduced space, whose axes some thousand images tell: the same ones, found many
-    # times faster.
-    some_SD = x_ND[:: max(1, len(x_ND) // space.SCATTERED)]
-    reduced_ND = space.fit(some_SD, dimensions=96).project(x_ND).numpy()
-    neighbours_NM = torch.from_numpy(space.nearest(reduced_ND, wanted))
+    near_NM = torch.from_numpy(electors(x_ND, clusters) if neighbours_NM is None else neighbours_NM)
     parts = []
     for start in range(0, len(x_ND), BLOCK):
         rows_B = slice(start, start + BLOCK)
@@ -44,7 +57,7 @@ def confirm(x_ND: np.ndarray, labels_N: np.ndarray, clusters: int, predict: Call
         q_BK = predict(rows_B)
         own_B = q_BK.gather(1, label_B[:, None])[:, 0]
         rest_B, runner_up_B = q_BK.scatter(1, label_B[:, None], -1).max(dim=1)
-        said_BM = label_N[neighbours_NM[rows_B]]
+        said_BM = label_N[near_NM[rows_B]]
         vote_BK = torch.zeros_like(q_BK).scatter_add_(1, said_BM, torch.ones(said_BM.shape, dtype=q_BK.dtype))
         part = Assignment(
             labels_N=label_B.numpy(),
