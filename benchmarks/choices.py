@@ -48,7 +48,7 @@ CHOICES = {
     "shrinkage 0.75": Choice(config=HeadConfig(shrinkage=0.75)),
     "64 axes": Choice(config=HeadConfig(dimensions=64)),
     "128 axes": Choice(config=HeadConfig(dimensions=128)),
-    "starts from all images": Choice(config=HeadConfig(seen=None)),
+    "starts see all images": Choice(config=HeadConfig(start_images=10**9)),
     "12 restarts, all answer": Choice(restarts=12, all_answer=True),
     "k-means": Choice(method="kmeans"),
     "TEMI": Choice(method="temi"),

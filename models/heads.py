@@ -62,17 +62,17 @@ class HeadConfig(SclConfig):
     shrinkage: float | None = None  # of the scatter between neighbours; None: by `shrunk`; 1: principal axes
     batch: int = 256
     epoch_images: int = 2048  # drawn in an epoch, or 64 for every cluster if that is more
-    seen: int | None = 16  # images for every piece that a start looks at; None: all
+    start_images: int = 4096  # that a start looks at, or 64 for every piece if that is more
     sample: int = 32_768  # images trained on where there are more, or 16 for every cluster if that is more
     learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "dimensions", "main_dimensions", "batch", "epoch_images", "sample", "learning_rate")
+        check_positive(
+            self, "dimensions", "main_dimensions", "batch", "epoch_images", "start_images", "sample", "learning_rate"
+        )
         if self.shrinkage is not None:
             check_share(self, "shrinkage")
-        if self.seen is not None:
-            check_positive(self, "seen")
 
     def shrunk(self, images: int, clusters: int) -> float:
         """By default a half; less where many clusters have to be told apart, unless each has but few images."""
@@ -196,7 +196,7 @@ class Heads:
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds, seen=config.seen)
+        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds, most=config.start_images)
         self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
         self.adam = Adam(self.parameters)
         self.refresh()

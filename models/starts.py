@@ -18,24 +18,25 @@ from models.fit import seed_of
 
 PIECES = 5  # a cluster, on average
 IMAGES_PER_PIECE = 8  # at least, on average
+SEEN_PER_PIECE = 64  # on average, where a sample is looked at
 MOST_PIECES = 2048  # every merge looks at all pairs
 ROUNDS = 25  # pieces need not have settled
 
 
-def centres(x_ND: np.ndarray, clusters: int, *, seed: int, seen: int | None = None) -> np.ndarray:
+def centres(x_ND: np.ndarray, clusters: int, *, seed: int, most: int | None = None) -> np.ndarray:
     """The means of `clusters` groups of unit vectors, float32 of shape (K, D); needs at least K images.
 
     Args:
         x_ND: the images.
         clusters: how many means.
         seed: of the sample and of k-means.
-        seen: images for every piece in a random sample, which is all that is looked at; `IMAGES_PER_PIECE` at least.
-            None: every image is.
+        most: images that are looked at, a random sample, or `SEEN_PER_PIECE` if that is more; None: all.
 
     """
     pieces = max(clusters, min(PIECES * clusters, len(x_ND) // IMAGES_PER_PIECE, MOST_PIECES))
-    if seen is not None and seen * pieces < len(x_ND):
-        x_ND = x_ND[np.sort(np.random.default_rng(seed).choice(len(x_ND), seen * pieces, replace=False))]
+    seen = len(x_ND) if most is None else min(len(x_ND), max(most, SEEN_PER_PIECE * pieces))
+    if seen < len(x_ND):
+        x_ND = x_ND[np.sort(np.random.default_rng(seed).choice(len(x_ND), seen, replace=False))]
     found = space.k_means(x_ND, pieces, rounds=ROUNDS, seed=seed)
     used_P, piece_N = np.unique(found.labels_, return_inverse=True)
     centre_PD: np.ndarray = found.cluster_centers_.astype(np.float32)
@@ -48,10 +49,10 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int, seen: int | None = No
     return merged_KD
 
 
-def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int], seen: int | None = None) -> np.ndarray:
+def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int], most: int | None = None) -> np.ndarray:
     """`centres` of every seed, shape (R, K, D), some at a time: each of them uses one core."""
     with space.one_core(), ThreadPoolExecutor(min(len(seeds), cpu_count())) as pool:
-        return np.stack(list(pool.map(lambda seed: centres(x_ND, clusters, seed=seed, seen=seen), seeds)))
+        return np.stack(list(pool.map(lambda seed: centres(x_ND, clusters, seed=seed, most=most), seeds)))
 
 
 def best_centres(x_ND: np.ndarray, clusters: int, *, seed: int, tries: int = 8) -> np.ndarray:

@@ -56,6 +56,36 @@ def test_the_number_of_cores_changes_no_bit(monkeypatch):
     assert all(np.array_equal(fits[0].model[name], fits[1].model[name]) for name in fits[0].model)
 
 
+def test_nor_does_it_where_cores_share_neighbours_and_answers(monkeypatch):
+    """5,000 images are looked up in two parts and answered in five blocks, each by whichever core is free."""
+    features_NF = np.random.default_rng(1).normal(size=(5000, 48)).astype(np.float16)
+    fits = []
+    for cores in (1, 3):
+        for module in (heads, space, starts, committee):
+            monkeypatch.setattr(module, "cpu_count", lambda cores=cores: cores)
+        fits.append(train(features_NF, epochs=2)[1])
+    one, three = (fit.assignment for fit in fits)
+    assert np.array_equal(one.confidence_N, three.confidence_N)
+    assert np.array_equal(one.labels_N, three.labels_N)
+
+
+def test_every_start_looks_at_other_images_of_a_large_collection(monkeypatch):
+    features_NF = np.random.default_rng(2).normal(size=(2500, 32)).astype(np.float16)
+    looked_at, k_means = [], space.k_means
+
+    def watched(x_ND, clusters, **settings):
+        looked_at.append(x_ND.copy())
+        return k_means(x_ND, clusters, **settings)
+
+    monkeypatch.setattr(space, "k_means", watched)
+    enough = starts.SEEN_PER_PIECE * starts.PIECES * 6  # 1,920
+    for most, seen in ((100, enough), (2000, 2000), (4096, 2500)):
+        looked_at.clear()
+        train(features_NF, restarts=3, epochs=1, config=HeadConfig(start_images=most))
+        assert [x_SD.shape for x_SD in looked_at] == [(seen, 32)] * 3
+        assert len({x_SD.tobytes() for x_SD in looked_at}) == (3 if seen < 2500 else 1)
+
+
 @pytest.mark.parametrize(
     "config",
     [
