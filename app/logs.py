@@ -5,11 +5,24 @@ and `attempt`. Values of settings, keys and the contents of files are never amon
 """
 
 import logging
+import re
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
 
 from app.config import settings
+
+# PostgreSQL quotes the row that it refuses, which may hold names of files; what follows is SQLAlchemy's or Python's.
+_ROW = re.compile(
+    r"(?ms)^(DETAIL|CONTEXT):.*?(?=^\[SQL: |^\(Background on |^Traceback |^The above exception |^During |\Z)"
+)
+
+
+def _without_rows(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if "exception" in event:
+        event["exception"] = _ROW.sub("(the row is not logged)\n", event["exception"])
+    return event
 
 
 def configure_logs(level: int | str = "INFO") -> None:
@@ -19,6 +32,7 @@ def configure_logs(level: int | str = "INFO") -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _without_rows,
     ]
     render: Any = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"], drop_missing=True)
     if settings().log_format == "json":

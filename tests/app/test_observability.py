@@ -192,6 +192,47 @@ def test_every_line_of_the_log_carries_its_ids(form: str):
     assert "ValueError: why" in lines[-1]
 
 
+REFUSED = """
+import logging, structlog, uuid
+from sqlalchemy import text
+from app.db.copy import insert_rows
+from app.db.session import open_session
+from app.logs import configure_logs
+
+def by_statement(session):
+    values = {"id": uuid.uuid4(), "name": "secret\\nsecret" * 100}
+    session.execute(text("INSERT INTO collections (id, name) VALUES (:id, :name)"), values)
+
+def by_copy(session):
+    row = (*(str(uuid.uuid4()) for _ in range(4)), "short", "secret\\nsecret.png", "PNG", 1, 1, 1)
+    columns = "tenant_id, collection_id, upload_id, id, sha256, filename, format, width, height, bytes"
+    insert_rows(session, f"COPY images ({columns}) FROM STDIN", [row])
+
+configure_logs()
+for act in (by_statement, by_copy):
+    try:
+        with open_session() as session:
+            act(session)
+    except Exception:
+        structlog.get_logger("a").exception("broke")
+        logging.getLogger("library").exception("broke")
+"""
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_row_that_the_database_refuses_is_not_logged(database: None, form: str):
+    environment = os.environ | {"KINDRED_LOG_FORMAT": form}
+    said = subprocess.run(
+        [sys.executable, "-c", REFUSED], env=environment, check=True, capture_output=True, text=True, timeout=60
+    )
+    lines = (said.stdout + said.stderr).strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert "violates check constraint" in line
+        assert "Traceback" in line
+        assert "secret" not in line
+
+
 def test_the_log_of_a_request_names_what_it_made(api: TestClient, capfd: pytest.CaptureFixture[str]):
     answer = api.post("/v1/collections", json={"name": "secret name"}, headers={"X-Request-ID": "tell-me"})
     said = capfd.readouterr()
