@@ -30,7 +30,8 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int, most: int | None = No
         x_ND: the images.
         clusters: how many means.
         seed: of the sample and of k-means.
-        most: images that are looked at, a random sample, or `SEEN_PER_PIECE` if that is more; None: all.
+        most: images in the random sample that is looked at, or `SEEN_PER_PIECE` for every piece if that is more; None:
+            all images are.
 
     """
     pieces = max(clusters, min(PIECES * clusters, len(x_ND) // IMAGES_PER_PIECE, MOST_PIECES))

@@ -27,7 +27,7 @@ from worker.archives import ArchiveError
 from worker.command import INTERNAL_ERROR
 from worker.decoders import Answer, DecoderPool
 from worker.intake import Batch, Intake
-from worker.sweep import requeue_lost
+from worker.sweep import lose
 from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
@@ -72,8 +72,8 @@ def ingest(upload_id: uuid.UUID, stop: threading.Event) -> None:
             # The next attempt has cleared this one's files away.
             return
         log.exception("ingest_broke", upload=str(upload_id), attempt=upload.attempt)
-        if upload.lost_attempts + 1 < settings().max_attempts:
-            _lose(upload, stop)
+        if not jobs.is_last(upload):
+            lose(Upload, upload_id, upload.attempt, stop)
             return
         attempt.fail(**INTERNAL_ERROR)
     seconds = time.monotonic() - started
@@ -86,13 +86,6 @@ def _give_back(upload: Upload, stop: threading.Event) -> None:
     settle(lambda session: jobs.release(session, Upload, upload.id, upload.attempt), stop)
     queue.ring_upload(upload.id)
     log.info("upload_released", upload=str(upload.id), attempt=upload.attempt)
-
-
-def _lose(upload: Upload, stop: threading.Event) -> None:
-    """Count the attempt as lost and let the next begin at once."""
-    settle(lambda session: jobs.expire(session, Upload, upload.id, upload.attempt), stop)
-    requeue_lost(Upload)
-    queue.ring_upload(upload.id)
 
 
 def _ring_for_what_waited(upload: Upload) -> None:

@@ -34,7 +34,7 @@ from app.services import jobs, results, runs, tabular
 from app.services.parameters import check_weights
 from app.services.results import AssignmentRow, ClusterRow
 from worker.command import INTERNAL_ERROR, STORAGE_FULL, trainer_command
-from worker.sweep import requeue_lost
+from worker.sweep import lose
 from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
@@ -104,7 +104,7 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         attempt = _Attempt(
             run_id=run_id,
             number=run.attempt,
-            last=run.lost_attempts + 1 >= settings().max_attempts,
+            last=jobs.is_last(run),
             stop=stop,
             images=images,
             parameters=dict(run.parameters),
@@ -131,7 +131,9 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         if attempt.last:
             _end(attempt, INTERNAL_ERROR)
         else:
-            _lose(attempt)  # it may have been the machine's mood; a training with the backbone has a checkpoint
+            lose(
+                Run, run_id, attempt.number, stop
+            )  # it may have been the machine's mood; a training with the backbone has a checkpoint
     finally:
         storage.remove(attempt.folder)
 
@@ -293,7 +295,7 @@ def _conclude(attempt: _Attempt, status: int) -> None:
         _release(attempt)
     elif status < 0 or _KILLED_IN_TORCHRUN.search(said):
         log.warning("trainer_killed", run=str(attempt.run_id), attempt=attempt.number, status=status)
-        _lose(attempt)
+        lose(Run, attempt.run_id, attempt.number, attempt.stop)
     else:
         log.error("trainer_failed", run=str(attempt.run_id), attempt=attempt.number, status=status, said=said)
         # With it, the trainer can be run by hand to see what went wrong.
@@ -307,13 +309,6 @@ def _conclude(attempt: _Attempt, status: int) -> None:
                 "the service's log holds the details.",
             },
         )
-
-
-def _lose(attempt: _Attempt) -> None:
-    """Count the attempt as lost and let the next begin at once."""
-    settle(lambda session: jobs.expire(session, Run, attempt.run_id, attempt.number), attempt.stop)
-    requeue_lost(Run)
-    queue.ring_run(attempt.run_id)
 
 
 def _release(attempt: _Attempt) -> None:

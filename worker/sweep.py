@@ -17,7 +17,7 @@ from app.db.session import open_session
 from app.db.tables import Run, Upload
 from app.metrics import SWEEPER
 from app.services import jobs, uploads
-from worker.transactions import is_away
+from worker.transactions import is_away, settle
 
 log = structlog.get_logger(__name__)
 
@@ -95,6 +95,14 @@ def requeue_lost(table: jobs.JobTable) -> None:
     if table is Run:
         for identity in ended:
             storage.remove_run_leftovers(identity)
+
+
+def lose(table: jobs.JobTable, identity: uuid.UUID, attempt: int, stop: threading.Event) -> None:
+    """Count an attempt as lost at once, as when its lease runs out, and ring for the next."""
+    settle(lambda session: jobs.expire(session, table, identity, attempt), stop)
+    requeue_lost(table)
+    ring = queue.ring_run if table is Run else queue.ring_upload
+    ring(identity)
 
 
 def _ring(task: str, ring: Callable[[uuid.UUID], bool], waiting: list[uuid.UUID]) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from app.config import settings
-from app.db.tables import Run, Upload
+from app.db.tables import Job, Run, Upload
 
 JobTable = type[Upload] | type[Run]
 J = TypeVar("J", Upload, Run)
@@ -145,6 +145,11 @@ def end_cancelled(session: Session, identity: uuid.UUID, attempt: int) -> bool:
         .where(Run.id == identity, Run.attempt == attempt, Run.state == "running")
         .values(state="cancelled", lease_until=None, finished_at=func.now(), eta_s=None),
     )
+
+
+def is_last(job: Job) -> bool:
+    """Whether a job is given up once this attempt is lost too."""
+    return job.lost_attempts + 1 >= settings().max_attempts
 
 
 def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:

@@ -172,13 +172,18 @@ with structlog.contextvars.bound_contextvars(request="r1", run="u1", attempt=2):
 """
 
 
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_every_line_of_the_log_carries_its_ids(form: str):
+def logged(script: str, form: str) -> list[str]:
+    """The lines that a process logs which runs `script`."""
     environment = os.environ | {"KINDRED_LOG_FORMAT": form}
     said = subprocess.run(
-        [sys.executable, "-c", LOGS], env=environment, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True, timeout=60
     )
-    lines = (said.stdout + said.stderr).strip().splitlines()
+    return (said.stdout + said.stderr).strip().splitlines()
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_every_line_of_the_log_carries_its_ids(form: str):
+    lines = logged(LOGS, form)
     assert len(lines) == 3
     for line in lines:
         if form == "json":
@@ -221,11 +226,7 @@ for act in (by_statement, by_copy):
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_row_that_the_database_refuses_is_not_logged(database: None, form: str):
-    environment = os.environ | {"KINDRED_LOG_FORMAT": form}
-    said = subprocess.run(
-        [sys.executable, "-c", REFUSED], env=environment, check=True, capture_output=True, text=True, timeout=60
-    )
-    lines = (said.stdout + said.stderr).strip().splitlines()
+    lines = logged(REFUSED, form)
     assert len(lines) == 4
     for line in lines:
         assert "violates check constraint" in line
