@@ -89,8 +89,12 @@ def full_step(pixels_NSSC: np.ndarray, steps: int, backbone: str, device: str) -
             torch.cuda.synchronize(device)
 
     training.begin_epoch(1)  # clusters exist in the second half
-    batches = list(islice(training.batches(0, 0), window * (steps + 1)))
-    ready_XCSS = training.views(batches[0][1])
+    if device != "cpu":  # every shape of batch has to have come a few times
+        for rows_G, pixels_BSSC in training.batches(0, 0):
+            training.step(rows_G, pixels_BSSC)
+    batches = list(islice(training.batches(1, 0), window * (steps + 1)))
+    choices = [each.to(device) for each in training.choices(len(batches[0][1]))]
+    ready_XCSS = training.views(batches[0][1], choices)
     whole_s, bare_s = [], []
     for first in range(0, len(batches) - window + 1, window):
         wait()

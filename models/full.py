@@ -8,7 +8,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -24,6 +24,7 @@ from models import checkpoint, distributed, networks, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import seed_of
+from models.graphs import Recorder
 from models.limits import check_below_one, check_not_negative, check_positive
 from models.objective import Objective, ObjectiveFactory
 from models.progress import Step
@@ -127,6 +128,9 @@ class Training:
         self.steps = max(1, round(images / self.batch))  # of an epoch
         self.total = self.steps * epochs
         self.done = 0  # steps
+        # Several processes talk to each other within a step, and only AdamW takes its rate from memory.
+        recorded = device.startswith("cuda") and distributed.world_size() == 1 and self.config.optimizer == "adamw"
+        self.recorder = Recorder() if recorded else None
         self.optimizer = self.make_optimizer(pretrained=weights != "random")
         about_objective = getattr(made, "config", None)
         self.identity = {
@@ -156,7 +160,10 @@ class Training:
         if config.optimizer == "sgd":
             # The fused one wants all parameters of a group to have had a gradient, or none.
             return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-        return torch.optim.AdamW(groups, fused=True)
+        if self.recorder is not None:
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=self.device)
+        return torch.optim.AdamW(groups, fused=True, capturable=self.recorder is not None)
 
     def run(self) -> Generator[Step, None, None]:
         """Go through the epochs, from the checkpoint where there is one.
@@ -245,8 +252,27 @@ class Training:
         """One step of the optimiser on this batch; nothing in it waits for a GPU."""
         through = self.done / self.total
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_rate"] * schedule(through, warmup=self.config.warmup, total=self.total)
-        h_VBF = self.forward(self.views(pixels_BSSC))
+            rate = group["peak_rate"] * schedule(through, warmup=self.config.warmup, total=self.total)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        choices = self.choices(len(pixels_BSSC))
+        phase = self.objective.phase()
+        if self.recorder is not None and phase is not None:
+            return self.recorder(self.learn, phase, rows_G, pixels_BSSC, choices)
+        return self.learn(rows_G, pixels_BSSC, [choice.to(self.device) for choice in choices])
+
+    def choices(self, share: int) -> list[views.Draw]:
+        """How to make the views of as many images, which are this process's share."""
+        world, rank = distributed.world_size(), distributed.rank()
+        # Drawn for the global batch, so that the number of processes changes nothing.
+        drawn = [views.draw(augmentation, share * world, self.generator) for augmentation in self.augmentations]
+        return [each[slice(rank * share, (rank + 1) * share)] for each in drawn]
+
+    def learn(self, rows_G: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw]) -> dict[str, Tensor]:
+        """What of a step a GPU does: views, network, loss, optimiser, memory."""
+        h_VBF = self.forward(self.views(pixels_BSSC, choices))
         loss, details = self.objective.loss(distributed.gather(h_VBF), rows_G)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -255,16 +281,10 @@ class Training:
         self.objective.end_step()
         return {"loss": loss.detach(), **details}
 
-    def views(self, pixels_BSSC: Tensor) -> Tensor:
+    def views(self, pixels_BSSC: Tensor, choices: Sequence[views.Draw]) -> Tensor:
         """All views of this process's share, one view after the other; shape (VB, C, S, S)."""
-        world, rank, share = distributed.world_size(), distributed.rank(), len(pixels_BSSC)
-        made = []
-        for augmentation in self.augmentations:
-            # Choices are drawn for the global batch, so that the number of processes changes nothing.
-            choices = views.draw(augmentation, share * world, self.generator)
-            own = choices[slice(rank * share, (rank + 1) * share)].to(self.device)
-            made.append(views.view(pixels_BSSC, own, mean=self.network.mean, std=self.network.std))
-        return torch.cat(made)
+        mean, std = self.network.mean, self.network.std
+        return torch.cat([views.view(pixels_BSSC, each, mean=mean, std=std) for each in choices])
 
     def forward(self, x_XCSS: Tensor) -> Tensor:
         """Features of views that lie one after the other, float32 of shape (V, B, F)."""
@@ -349,6 +369,8 @@ class Training:
             for number, parameter in enumerate(parameters)
         }
         self.optimizer.load_state_dict(state)
+        if self.recorder is not None:
+            self.recorder = Recorder()  # the optimiser's state lies elsewhere now
         self.generator.set_state(found.tensors["random.views"])
         # What a CPU has saved may go on on a GPU, whose generator it knows nothing of.
         self.random = {name: found.tensors.get(f"random.{name}", state) for name, state in self.random.items()}

@@ -6,6 +6,7 @@ D dimensions, K clusters.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -40,6 +41,14 @@ class Objective(nn.Module, ABC):
 
     def begin_epoch(self, epoch: int) -> None:
         """Set schedules, or look at the whole memory, before the first step of `epoch` (from 0)."""
+
+    def phase(self) -> Hashable | None:
+        """What `loss` and `end_step` look at besides tensors that stay where they are, as few values as there are.
+
+        A step of a phase is the same kernels each time, so a GPU may be told them once. None: they are told anew in
+        every step, which is always right.
+        """
+        return None
 
     @abstractmethod
     def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

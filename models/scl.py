@@ -168,6 +168,9 @@ class Scl(Objective):
         found_NM = space.nearest(memory_ND, min(voters, self.images - 1), device=str(self.memory_ND.device))
         self.neighbours_NM.copy_(torch.from_numpy(found_NM))
 
+    def phase(self) -> bool:
+        return self.semantic
+
     def logits(self, x_BD: Tensor) -> Tensor:
         return boundary_logits(x_BD, self.centres_KD, temperature=self.config.boundary_temperature)
 

@@ -7,8 +7,9 @@ Hue is turned in YIQ, where it is linear too, instead of in HSV.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from models.objective import Strength
 
 GRAY = (0.299, 0.587, 0.114)
 # Y is the luma of GRAY; I and Q of the NTSC standard.
-TO_YIQ = torch.tensor([GRAY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
-FROM_YIQ = torch.linalg.inv(TO_YIQ)
+TO_YIQ = (GRAY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(TO_YIQ)).tolist()))
 TRIES = 10  # draws of a crop that may stick out of the image before all of the image is taken
 
 
@@ -82,6 +83,12 @@ class Draw:
     def to(self, device: torch.device | str) -> "Draw":
         return self.each(lambda value: value.to(device, non_blocking=True))
 
+    def copy(self, other: "Draw") -> None:
+        """Take over the choices of another for as many images."""
+        for name, value in vars(self).items():
+            if value is not None:
+                value.copy_(getattr(other, name), non_blocking=True)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Draw":
         changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in vars(self).items()}
         return Draw(**changed)
@@ -137,9 +144,15 @@ def plain(pixels_BHWC: Tensor, *, mean: Colour, std: Colour) -> Tensor:
     return normalise(pixels_BHWC.permute(0, 3, 1, 2).float() / 255, mean=mean, std=std)
 
 
-def constant(values: Tensor | Sequence[float], like: Tensor) -> Tensor:
-    """These numbers beside `like`; unlike `new_tensor` it does not wait until a GPU has done all that it was told."""
-    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+def constant(values: tuple[Any, ...], like: Tensor) -> Tensor:
+    """These numbers, nested as they are, beside `like`; a GPU is sent them once."""
+    return _constant(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):  # whoever asks first may be in it, and what is made there stays there
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def normalise(x_BCHW: Tensor, *, mean: Colour, std: Colour) -> Tensor:

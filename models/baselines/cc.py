@@ -56,6 +56,9 @@ class Cc(Objective):
         """Probabilities of the clusters: (..., F) to (..., K)."""
         return softmax(self.boundaries(self.hidden(h_F).relu()), dim=-1)
 
+    def phase(self) -> str:
+        return "always"
+
     def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         del rows_B
         x_VBD = normalize(self.projection(h_VBF), dim=2)

@@ -57,6 +57,9 @@ class Pica(Objective):
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def phase(self) -> bool:
+        return self.trained is self.head
+
     @property
     def trained(self) -> nn.Linear:
         """The heads take turns, and the one that answers has the last."""

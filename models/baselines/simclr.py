@@ -49,6 +49,9 @@ class Simclr(Objective):
             nn.Linear(feature_size, self.config.dimensions, bias=False),
         )
 
+    def phase(self) -> str:
+        return "always"
+
     def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         del rows_B
         x_VBD = normalize(self.projection(h_VBF), dim=2)

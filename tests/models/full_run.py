@@ -135,7 +135,7 @@ def main():
         )
         views = training.views
         if options.double:
-            training.views = lambda pixels_BSSC: views(pixels_BSSC).double()
+            training.views = lambda *given: views(*given).double()
         losses = []
         plain = training.step
 

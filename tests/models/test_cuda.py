@@ -104,6 +104,20 @@ def test_by_default_it_trains_in_bfloat16_and_channels_last(objective):
     assert fit.assignment.labels_N.shape == (48,)
 
 
+@pytest.mark.parametrize("objective", [Scl, Simclr, Cc, Pica])
+def test_recorded_steps_are_those_of_kernel_by_kernel(objective):
+    config = FullConfig(batch=16, precision="float32")
+    # 50 images are batches of 17, 17 and 16: two shapes, and SCL and PICA have two phases.
+    recorded, plain = (
+        Training(pictures(50)[0], **{**SETTINGS, "objective": objective, "epochs": 12, "config": config}, device="cuda")
+        for _ in range(2)
+    )
+    plain.recorder = None
+    expected, found = losses_of(plain), losses_of(recorded)
+    assert len(recorded.recorder.recordings) == (4 if objective in (Scl, Pica) else 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def test_scl_tells_three_patterns_apart():
     pixels, kind_N = pictures(96)
     config = FullConfig(batch=32)
