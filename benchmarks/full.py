@@ -32,7 +32,6 @@ from models.objective import Objective
 from models.progress import finish
 from models.train import OBJECTIVES
 
-MARKS = 4  # of the curve
 RESTARTS = METHODS["scl"]["full"].restarts
 
 
@@ -45,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", default="resnet10_slim")
     parser.add_argument("--pretrained", action="store_true", help="start from the backbone's own weights")
     parser.add_argument("--image-size", type=int, default=32, metavar="P")
+    parser.add_argument(
+        "--marks", type=int, default=4, metavar="M", help="groupings on the way; default 4"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, which the runs share; default cpu")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as a JSON line as it comes")
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     truth,
                     options.epochs,
                     options.backbone,
+                    marks=options.marks,
                     pretrained=options.pretrained,
                     device=options.device,
                     threads=1 if options.device == "cpu" else max(1, cpu_count() // options.jobs),
@@ -93,6 +96,7 @@ def run(
     epochs: int,
     backbone: str,
     *,
+    marks: int,
     pretrained: bool,
     device: str,
     threads: int,
@@ -111,7 +115,7 @@ def run(
         seed=seed,
         device=device,
     )
-    marks = {round(epochs * mark / MARKS) for mark in range(1, MARKS + 1)}
+    marked = {round(epochs * mark / marks) for mark in range(1, marks + 1)}
     rows: list[dict[str, float | str]] = []
 
     def found(name: str, epoch: int, labels_N: np.ndarray) -> None:
@@ -131,7 +135,7 @@ def run(
         if step.done % training.steps or epoch == seen:
             continue
         seen = epoch
-        if epoch in marks:
+        if epoch in marked:
             trained_s += time.perf_counter() - started
             trained_cpu_s += time.process_time() - started_cpu
             for layer, labels_N in answers(method, training.objective, training.features(), seed).items():
