@@ -8,6 +8,7 @@ Letters in shapes: B batch, C colours, S pixels a side.
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # Steps that run kernel by kernel first: libraries choose their kernels, the optimiser makes its state.
 UNRECORDED = 3
+MOST_MEMORY = 0.9  # of the GPU's
 
 # Which images, their pixels (B, S, S, C), and the choices for each of their views; losses come out.
 Step = Callable[[Tensor, Tensor, Sequence[Draw]], dict[str, Tensor]]
@@ -34,6 +36,7 @@ class Recorder:
         self.recordings: dict[Hashable, Recording] = {}
         self.steps: dict[Hashable, int] = {}
         self.possible = True
+        self.pool: Any = None  # torch's handle of the memory of all recordings, of which no two run side by side
 
     def __call__(
         self, step: Step, phase: Hashable, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[Draw]
@@ -49,21 +52,39 @@ class Recorder:
 
     def record(self, key: Hashable, step: Step, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[Draw]) -> None:
         try:
-            self.recordings[key] = Recording(step, rows_B, pixels_BSSC, choices)
-        except RuntimeError as error:
+            if not room(pixels_BSSC.device):
+                self.possible = False
+                log.info("the GPU has no memory to keep a step beside another, so kernels are started one by one")
+                return
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.recordings[key] = Recording(step, rows_B, pixels_BSSC, choices, pool=self.pool)
+        except Exception as error:  # noqa: BLE001  # what is the step's own fault, it raises again as it runs
             self.possible = False
             log.warning("a step cannot be recorded, so its kernels are started one by one: %s", error)
+
+
+def room(device: torch.device) -> bool:
+    """Whether the memory of a recorded step and that of one that is not, of another phase, fit on the GPU together."""
+    return 2 * torch.cuda.max_memory_allocated(device) < MOST_MEMORY * torch.cuda.mem_get_info(device)[1]
 
 
 class Recording:
     """The kernels of one step, and the memory that they read from and write to."""
 
-    def __init__(self, step: Step, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[Draw]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        rows_B: Tensor,
+        pixels_BSSC: Tensor,
+        choices: Sequence[Draw],
+        *,
+        pool: Any,
+    ) -> None:
         self.rows_B, self.pixels_BSSC = rows_B.clone(), pixels_BSSC.clone()
         self.choices = [choice.each(lambda value: value.to(pixels_BSSC.device, copy=True)) for choice in choices]
         self.graph = torch.cuda.CUDAGraph()
         # The thread that fetches pixels may ask for memory meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.losses = step(self.rows_B, self.pixels_BSSC, self.choices)
 
     def replay(self, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[Draw]) -> dict[str, Tensor]:
