@@ -151,6 +151,26 @@ def test_a_stopped_training_goes_on_where_it_was(objective, tmp_path):
     np.testing.assert_allclose(rest, undisturbed[5:], rtol=1e-3)
 
 
+def test_a_stopped_training_of_recorded_steps_goes_on_where_it_was(tmp_path):
+    settings = {"objective": Scl, "epochs": 12, "config": FullConfig(batch=16, precision="float32")}
+    undisturbed = losses_of(make("cuda", **settings))
+    steps = 0
+
+    def stop():
+        nonlocal steps
+        steps += 1
+        return steps == 26  # of 36, in the phase with clusters
+
+    first = make("cuda", checkpoint_dir=tmp_path, stop=stop, **settings)
+    with pytest.raises(Stopped):
+        losses_of(first)
+    second = make("cuda", checkpoint_dir=tmp_path, **settings)
+    rest = losses_of(second)
+    assert len(first.recorder.recordings) == 2
+    assert len(second.recorder.recordings) == 1
+    np.testing.assert_allclose(rest, undisturbed[26:], rtol=1e-2)
+
+
 def start(out, *options, processes=1):
     out.mkdir(parents=True, exist_ok=True)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone")
