@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", default="resnet10_slim")
     parser.add_argument("--pretrained", action="store_true", help="start from the backbone's own weights")
     parser.add_argument("--image-size", type=int, default=32, metavar="P")
-    parser.add_argument(
-        "--marks", type=int, default=4, metavar="M", help="groupings on the way; default 4"
-    )
+    parser.add_argument("--marks", type=int, default=4, metavar="M", help="groupings on the way; default 4")
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, which the runs share; default cpu")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as a JSON line as it comes")
