@@ -3,8 +3,6 @@
 The trainer knows no database; this side knows no torch. They speak by a folder and by JSON lines.
 """
 
-import csv
-import io
 import json
 import os
 import queue as queues
@@ -14,13 +12,11 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -30,9 +26,9 @@ from app.config import settings
 from app.db.session import open_session
 from app.db.tables import Run
 from app.errors import Invalid
-from app.services import jobs, results, runs, tabular
+from app.services import jobs, results, runs
 from app.services.parameters import check_weights
-from app.services.results import AssignmentRow, ClusterRow
+from worker import outcomes
 from worker.command import INTERNAL_ERROR, STORAGE_FULL, trainer_command
 from worker.sweep import lose
 from worker.transactions import is_away, settle
@@ -46,7 +42,7 @@ _RETRY_S = 1.0
 _TERMINATE_S = 15.0
 _LOG_TAIL = 8000
 # What a trainer's folder holds besides the artefacts of the run.
-_INTERMEDIATE = ("specification.json", "result.json", "result.npz", "alive")
+_INTERMEDIATE = ("specification.json", outcomes.JSON, outcomes.ARRAYS, "alive")
 # torchrun ends with status 1 whatever became of its processes, and reports each.
 _KILLED_IN_TORCHRUN = re.compile(r"^ *exitcode +: -\d+ ", re.MULTILINE)
 
@@ -59,7 +55,7 @@ class _Attempt:
     number: int
     last: bool  # once it is lost, the run is given up
     stop: threading.Event  # set when the worker is told to stop
-    images: list[tuple[uuid.UUID, str, str]]  # id, SHA-256, filename
+    images: list[outcomes.Image]
     parameters: dict[str, Any]
     news: dict[str, Any] = field(default_factory=dict)
     error: dict[str, str] | None = None
@@ -131,9 +127,8 @@ def supervise(run_id: uuid.UUID, stop: threading.Event) -> None:
         if attempt.last:
             _end(attempt, INTERNAL_ERROR)
         else:
-            lose(
-                Run, run_id, attempt.number, stop
-            )  # it may have been the machine's mood; a training with the backbone has a checkpoint
+            # It may have been the machine's mood; a training with the backbone has a checkpoint.
+            lose(Run, run_id, attempt.number, stop)
     finally:
         storage.remove(attempt.folder)
 
@@ -342,18 +337,15 @@ def _end(attempt: _Attempt, problem: dict[str, str]) -> None:
 
 def _store(attempt: _Attempt) -> None:
     """Results and the end of the run in one transaction, fenced by the attempt."""
-    report = json.loads((attempt.folder / "result.json").read_text())
-    with np.load(attempt.folder / "result.npz") as arrays:
-        columns = {name: arrays[name].tolist() for name in arrays.files}
-    levels = {name: columns.pop(name) for name in list(columns) if name.startswith("groups_")}
-    _write_levels(attempt, levels)
+    outcome = outcomes.read(attempt.folder, attempt.images)
+    outcome.write_levels(attempt.folder / storage.levels(attempt.run_id).name)
 
     def store(session: Session) -> bool:
-        values = {"metrics": report["metrics"], "stage": "done", "eta_s": 0.0}
+        values = {"metrics": outcome.metrics, "stage": "done", "eta_s": 0.0}
         if not jobs.finish(session, Run, attempt.run_id, attempt.number, **values):
             return jobs.has_succeeded(session, Run, attempt.run_id, attempt.number)
         # From here on the row is locked until the commit: nobody else can end the run or take it over.
-        results.store(session, attempt.run_id, _clusters(attempt, report), _assignments(attempt, columns))
+        results.store(session, attempt.run_id, outcome.clusters, outcome.assignments())
         _publish(attempt)
         return True
 
@@ -371,39 +363,3 @@ def _publish(attempt: _Attempt) -> None:
         if path.name not in _INTERMEDIATE:
             path.replace(storage.run(attempt.run_id) / path.name)
     storage.sync_folder(storage.run(attempt.run_id))
-
-
-def _write_levels(attempt: _Attempt, columns: dict[str, list[int]]) -> None:
-    """Read as a whole or not at all, so a file and no table."""
-    if not columns:
-        return
-    with storage.atomic_write(attempt.folder / storage.levels(attempt.run_id).name) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image_id", "filename", *columns])
-        for (image_id, _, filename), *groups in zip(attempt.images, *columns.values(), strict=True):
-            writer.writerow([image_id, tabular.safe(filename), *groups])
-        text.detach()
-
-
-def _clusters(attempt: _Attempt, report: dict[str, Any]) -> list[ClusterRow]:
-    return [
-        ClusterRow(
-            cluster=number,
-            name=f"Group {number + 1}",
-            size=row["size"],
-            confidence=row["confidence"],
-            cohesion=row["cohesion"],
-            representatives=[attempt.images[position][0] for position in row["representatives"]],
-        )
-        for number, row in enumerate(report["clusters"])
-    ]
-
-
-def _assignments(attempt: _Attempt, columns: dict[str, list[Any]]) -> Iterator[AssignmentRow]:
-    for position, (image_id, _, _) in enumerate(attempt.images):
-        yield AssignmentRow(
-            position=position,
-            image_id=image_id,
-            **{name: column[position] for name, column in columns.items()},
-        )

@@ -189,3 +189,13 @@ def test_a_plain_view_changes_nothing():
 def test_nonsense_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**setting)
+
+
+def test_choices_can_be_taken_over_in_place():
+    strong = views.augmentation("strong", image_size=96)
+    own, other = (views.draw(strong, 8, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    places = [value.data_ptr() for value in vars(own).values()]
+    own.copy(other)
+    assert places == [value.data_ptr() for value in vars(own).values()]
+    for name, value in vars(other).items():
+        assert torch.equal(getattr(own, name), value)
