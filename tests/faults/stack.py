@@ -114,6 +114,15 @@ class Process:
         return self.log.read_text(errors="replace").count(text)
 
 
+def wait_until_ready(worker: Process, tries: int) -> None:
+    for left in reversed(range(tries)):
+        wait_for(lambda: worker.said(" ready.") or not worker.running)
+        if worker.running:
+            return
+        assert left, f"the worker ended with {worker.wait()} before it was ready: {worker.log.read_text()}"
+        worker.start()
+
+
 def is_trainer(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return process.status() != psutil.STATUS_ZOMBIE and "worker.trainer" in process.cmdline()
@@ -219,8 +228,13 @@ class Stack:
             self.postgres.kill(signal.SIGQUIT)
 
     @contextmanager
-    def workers(self, *queues: str, before: tuple[str, ...] = (), **more: str) -> Iterator[list[Process]]:
-        """Real Celery workers, one for each queue named, ready; killed at the end."""
+    def workers(
+        self, *queues: str, before: tuple[str, ...] = (), tries: int = 1, **more: str
+    ) -> Iterator[list[Process]]:
+        """Real Celery workers, one for each queue named, ready; killed at the end.
+
+        One that ends before it is ready is started again until `tries` are used up.
+        """
         found = []
         for queue in queues:
             self._workers += 1
@@ -237,7 +251,7 @@ class Stack:
             for process in found:
                 process.start()
             for process in found:
-                wait_for(lambda process=process: process.said(" ready."))
+                wait_until_ready(process, tries)
             yield found
         finally:
             for process in found:
