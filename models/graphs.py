@@ -1,7 +1,7 @@
 """CUDA graphs: the kernels of a training's step, recorded once and started together ever after.
 
-A step of a small network is hundreds of kernels of some microseconds each, which take the processor longer to start
-one by one than the GPU to run.
+A step is a long row of small kernels, which take the processor longer to start one by one than the GPU to run
+(`docs/decisions/0020-a-step-on-a-gpu-is-recorded.md` has the times).
 
 Letters in shapes: B batch, C colours, S pixels a side.
 """
