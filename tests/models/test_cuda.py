@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from models import backbones, heads, metrics, space, views
+from models import backbones, graphs, heads, metrics, space, views
 from models.backbones import torch_encoder
 from models.baselines import scan, temi
 from models.baselines.cc import Cc
@@ -116,6 +117,33 @@ def test_recorded_steps_are_those_of_kernel_by_kernel(objective):
     expected, found = losses_of(plain), losses_of(recorded)
     assert len(recorded.recorder.recordings) == (4 if objective in (Scl, Pica) else 2)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+class Peeking(Simclr):
+    """Asks the GPU for a number in the middle of its loss, which no recording can hold."""
+
+    def loss(self, h_VBF, rows_B):
+        assert h_VBF.abs().sum().item() > 0
+        return super().loss(h_VBF, rows_B)
+
+
+def test_after_a_step_that_cannot_be_recorded_the_training_goes_on(caplog):
+    settings = {"config": FullConfig(batch=16, precision="float32"), "epochs": 4}
+    expected = losses_of(make("cuda", objective=Simclr, **settings))
+    training = make("cuda", objective=Peeking, **settings)
+    found = losses_of(training)
+    assert not training.recorder.recordings
+    assert [record.getMessage()[:27] for record in caplog.records] == ["a step cannot be recorded, "]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_where_there_is_no_room_for_a_second_step_none_is_recorded(caplog, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_MEMORY", 0.0)
+    training = make("cuda", objective=Simclr, config=FullConfig(batch=16, precision="float32"))
+    with caplog.at_level(logging.INFO, "models.graphs"):
+        assert len(losses_of(training)) == 9
+    assert not training.recorder.recordings
+    assert [record.getMessage()[:21] for record in caplog.records] == ["the GPU has no memory"]
 
 
 def test_scl_tells_three_patterns_apart():
