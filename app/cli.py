@@ -143,14 +143,23 @@ def demo(
     images: Annotated[Path | None, typer.Option(help="Your own folder or archive.")] = None,
     clusters: Annotated[
         str | None,
-        typer.Option("--clusters", "-k", metavar="K", parser=_clusters, help="How many groups to form, or auto."),
+        typer.Option(
+            "--clusters",
+            "-k",
+            metavar="K",
+            parser=_clusters,
+            help="How many groups to form; your own: auto unless said.",
+        ),
     ] = None,
 ) -> None:
     """Group a sample collection and keep serving the result until Ctrl-C."""
     settings = Settings()
     folder = settings.data_dir / "demo"
     payload = payload_of(images or write_digits(folder / "digits"))
-    fields = {"clusters": clusters or DIGITS, "truth": "folder" if images is None else None}
+    fields = {
+        "clusters": clusters or (DIGITS if images is None else "auto"),
+        "truth": "folder" if images is None else None,
+    }
     with _service(None) as url, _client(url) as client:
         run = _cluster(client, payload, fields, folder / "labels.csv")
         page = f"{url}/runs/{run['id']}"

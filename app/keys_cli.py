@@ -16,7 +16,7 @@ from app.config import Settings
 from app.db.migrate import upgrade
 from app.db.session import session_of
 from app.db.tables import ApiKey
-from app.embedded import running_postgres
+from app.embedded import has_cluster, running_postgres
 from app.errors import KindredError
 from app.services import keys, tenants
 from app.services.keys import Scope
@@ -49,8 +49,14 @@ def create(
     messages.print(f"The {scope} key {escape(name)} of the tenant {escape(tenant)}. It is shown this once:")
     console.print(key, soft_wrap=True, highlight=False)
     if first:
+        settings = Settings()
+        where = (
+            ""
+            if settings.database_url
+            else f" to the service on {escape(str(settings.data_dir.expanduser().resolve()))}"
+        )
         messages.print(
-            "It is the first, so from now on every request needs a key: the dashboard asks for it, and "
+            f"It is the first, so from now on every request{where} needs a key: the dashboard asks for it, and "
             "`kindred cluster` sends what KINDRED_API_KEY holds.",
             soft_wrap=True,
         )
@@ -62,7 +68,7 @@ def list_keys() -> None:
     table = Table()
     for heading in ("key", "name", "tenant", "scope", "state", "last used"):
         table.add_column(heading, no_wrap=heading == "key")
-    with _database() as session:
+    with _database(made=True) as session:
         for tenant, row in keys.list_all(session):
             table.add_row(
                 row.prefix,
@@ -80,16 +86,24 @@ def revoke(
     key: Annotated[str, typer.Argument(metavar="KEY", help="How it begins: `kindred_` and 16 characters, or those.")],
 ) -> None:
     """End a key, and every sign-in that was made with it."""
-    with _database() as session:
+    with _database(made=True) as session:
         row = keys.revoke(session, keys.by_prefix(session, key).id)
         session.commit()
         console.print(f"kindred_{row.prefix}_… ({escape(row.name)}) opens nothing any more.", soft_wrap=True)
 
 
 @contextmanager
-def _database() -> Iterator[Session]:
-    """The database that the service uses with these settings: one of its own, or the embedded one, running or not."""
+def _database(*, made: bool = False) -> Iterator[Session]:
+    """The database that the service uses with these settings: one of its own, or the embedded one, running or not.
+
+    With `made` it has to be there already.
+    """
     settings = Settings()
+    if made and settings.database_url is None and not has_cluster(settings.data_dir):
+        raise KindredError(
+            f"there is no database in {settings.data_dir.expanduser().resolve()}; start the command where the service "
+            "was started, or name its data folder by KINDRED_DATA_DIR"
+        )
     try:
         if settings.database_url is not None:
             with session_of(settings.database_url) as session:

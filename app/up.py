@@ -140,7 +140,10 @@ def _check_port(host: str, port: int) -> None:
                 problem = "is taken"
             else:
                 continue
-        raise StartError(f"port {port} on {host} {problem}; choose another with --port or KINDRED_PORT")
+        raise StartError(
+            f"port {port} on {host} {problem}; choose another with KINDRED_PORT, or, if a Kindred listens there, "
+            "name it to the command by KINDRED_SERVER"
+        )
 
 
 def _servers(settings: Settings, folder: OwnedFolder, supervisor: Supervisor) -> ServerUrls:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, which the runs share; default cpu")
     parser.add_argument("--record", type=Path, metavar="FILE", help="write every figure as a JSON line as it comes")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the learning curves")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the learning curves; needs matplotlib")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         sources, truth = unpack(options.data, Path(scratch) / "images")

@@ -2,7 +2,8 @@
 
 Features are extracted once and shared, so that the methods differ in nothing else. Every method runs in a process of
 its own, whose peak memory is shown; `agree` is the mean adjusted Rand index between the seeds' groupings, `ECE` the
-expected calibration error of the confidence.
+expected calibration error of the confidence. `both` is the share of images on which a method's two predictions name the
+same cluster, with their ACC and that of the others under the match of all images.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from benchmarks.archives import Selection, unpack
 from benchmarks.children import processes
 from models.config import METHODS, InputError
 from models.fit import agreement
+from models.metrics import right
 from models.progress import finish
 from models.train import Config, Source, group
 
@@ -33,6 +35,9 @@ class Outcome:
 
     quality: dict[str, float]
     ece: float
+    both: float  # share of images with consensus
+    right_both: float  # ACC of those, and of the others
+    right_else: float
     seconds: float  # of the training alone
     labels_N: np.ndarray
     peak_mib: float
@@ -65,7 +70,7 @@ def measure(selection: Selection, methods: Sequence[str], seeds: range, scratch:
     speed = len(sources) / extracted.metrics["seconds"]["features"]
     print(f"{selection.name}: {len(sources)} images, {classes} classes, seeds {seeds.start} to {seeds.stop - 1}")
     print(f"features: {extracted.metrics['seconds']['features']:.1f} s, {speed:.0f} images/s")
-    columns = f"{'ACC':>15} {'NMI':>15} {'ARI':>15} {'ECE':>6} {'agree':>6} {'seconds':>8} {'MiB':>6}"
+    columns = f"{'ACC':>15} {'NMI':>15} {'ARI':>15} {'ECE':>6} {'agree':>6} {'both':>18} {'seconds':>8} {'MiB':>6}"
     print(f"{'method':<14}{columns}  ACC of every seed")
     for method in methods:
         with processes(1) as process:
@@ -78,8 +83,12 @@ def measure(selection: Selection, methods: Sequence[str], seeds: range, scratch:
         seconds = statistics.mean(each.seconds for each in found)
         each_acc = " ".join(f"{each.quality['acc']:.3f}" for each in found)
         same = "-" if alike is None else f"{alike:.3f}"
+        both, with_both, without = (
+            statistics.mean(getattr(each, name) for each in found) for name in ("both", "right_both", "right_else")
+        )
         print(
-            f"{method:<14}{row} {ece:>6.3f} {same:>6} {seconds:>8.1f} {found[-1].peak_mib:>6.0f}  {each_acc}",
+            f"{method:<14}{row} {ece:>6.3f} {same:>6} {both:>6.3f} {with_both:.3f} {without:.3f} {seconds:>8.1f} "
+            f"{found[-1].peak_mib:>6.0f}  {each_acc}",
             flush=True,
         )
 
@@ -95,19 +104,28 @@ def outcomes(
 ) -> list[Outcome]:
     """All seeds of one method, in this process."""
     found = []
+    class_N = np.unique(truth, return_inverse=True)[1]
     for seed in seeds:
         config = Config(clusters=classes, method=method, seed=seed)
         grouping = finish(group(config, sources, cache_dir=cache, truth=truth, threads=threads))
+        right_N, both_N = right(class_N, grouping.labels_N), grouping.consensus_N
         found.append(
             Outcome(
                 quality=grouping.metrics["quality"],
                 ece=grouping.metrics["calibration"]["ece"],
+                both=float(both_N.mean()),
+                right_both=share(right_N[both_N]),
+                right_else=share(right_N[~both_N]),
                 seconds=grouping.metrics["seconds"]["training"],
                 labels_N=grouping.labels_N,
                 peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             )
         )
     return found
+
+
+def share(right_B: np.ndarray) -> float:
+    return float(right_B.mean()) if len(right_B) else float("nan")
 
 
 def spread(values: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 
 from app import access
-from app.db.session import open_session, tenant_session
+from app.db.session import tenant_session
 from app.services import idempotency
 
 # For the description of the API only: `app.access` reads the header itself, before anything else is read.
@@ -28,16 +28,9 @@ def _session(caller: CallerOf) -> Iterator[Session]:
         yield session
 
 
-def _system_session() -> Iterator[Session]:
-    with open_session() as session:
-        yield session
-
-
-# Both are closed before the answer is sent: one that lasts, as a stream of events does, must keep no connection.
-# The rows of the caller's tenant.
+# The rows of the caller's tenant. Closed before the answer is sent: one that lasts, as a stream of events does, must
+# keep no connection.
 DatabaseSession = Annotated[Session, Depends(_session, scope="function")]
-# For what is nobody's, such as whether the database answers; routes that have no caller.
-SystemSession = Annotated[Session, Depends(_system_session, scope="function")]
 Cursor = Annotated[str | None, Query(description="`next` of the page before.", max_length=500, examples=["WzQyXQ"])]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most items on a page.")]
 IdempotencyKeyHeader = Annotated[

@@ -13,10 +13,6 @@ from app.db.tables import Assignment, Cluster, Image, Representative
 from app.errors import NotFound
 from app.services import pages, tabular
 
-LABEL_COLUMNS = (
-    "image_id", "filename", "cluster", "cluster_name", "confidence", "runner_up", "margin", "consensus",
-)  # fmt: skip
-
 # Names of clusters are looked up in one value: joined, they led to plans twice as slow under row-level security.
 LABELS = """
     SELECT a.image_id, i.filename, a.cluster,

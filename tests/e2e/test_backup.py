@@ -76,11 +76,8 @@ def test_a_restored_service_has_the_same_labels_ledger_images_and_keys(tmp_path:
     shutil.rmtree(tmp_path / "old")
     with installation(tmp_path / "new", monkeypatch) as urls:
         # Roles belong to the server and not to the database, so that no dump of a database has them.
-        tool(
-            "psql",
-            f"--dbname={plain(urls)}",
-            "--command=CREATE ROLE kindred_api NOLOGIN; GRANT kindred_api TO CURRENT_USER",
-        )
+        for command in ("CREATE ROLE kindred_api NOLOGIN", "GRANT kindred_api TO CURRENT_USER"):
+            tool("psql", f"--dbname={plain(urls)}", f"--command={command}")
         tool(
             "pg_restore", "--no-owner", "--exit-on-error", "--single-transaction", f"--dbname={plain(urls)}", str(dump)
         )

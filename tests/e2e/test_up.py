@@ -142,7 +142,10 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path):
         port = other.getsockname()[1]
         done = run_up(tmp_path / "var", port)
     assert done.returncode == 1
-    assert done.stderr == (f"kindred: port {port} on 127.0.0.1 is taken; choose another with --port or KINDRED_PORT\n")
+    assert done.stderr == (
+        f"kindred: port {port} on 127.0.0.1 is taken; choose another with KINDRED_PORT, or, if a Kindred listens "
+        "there, name it to the command by KINDRED_SERVER\n"
+    )
     assert not (tmp_path / "var" / "postgres").exists()
 
 
@@ -166,7 +169,13 @@ def kindred(data_dir: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 def test_with_a_key_it_may_listen_to_other_machines(tmp_path: Path):
     data_dir, port = tmp_path / "var", free_port()
     output = tmp_path / "out.txt"
-    first = kindred(data_dir, "keys", "create", "first", "--scope", "admin").stdout.strip()  # nothing runs yet
+    early = kindred(data_dir, "keys", "list")
+    assert early.returncode == 1
+    assert f"there is no database in {data_dir}; start the command where the service was started" in early.stderr
+    assert not data_dir.exists()
+    created = kindred(data_dir, "keys", "create", "first", "--scope", "admin")  # nothing runs yet
+    first = created.stdout.strip()
+    assert f"every request to the service on {data_dir} needs a key" in created.stderr
     with kindred_up(data_dir, port, KINDRED_HOST="0.0.0.0", KINDRED_API_KEY="not for the children") as process:  # noqa: S104 - a key lets it
         wait_for(lambda: "Kindred is ready" in output.read_text())
         assert "every request needs a key" in output.read_text()
