@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from app.client import Client, ClientError, Payload, payload_of
+from app.client import IMAGE_SUFFIXES, Client, ClientError, Payload, check_writable, payload_of
 from app.config import Settings
 from app.db.migrate import upgrade
 from app.errors import KindredError
@@ -117,6 +118,10 @@ def cluster(
     restarts: Annotated[int | None, typer.Option(min=1, max=64, help="Independent starts.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the labels.")] = Path("labels.csv"),
+    name: Annotated[
+        str | None,
+        typer.Option(help="Of the new collection; unset: the folder's or the archive's.", show_default=False),
+    ] = None,
     server: Server = None,
 ) -> None:
     """Group the images of a folder or an archive and write a label for each."""
@@ -133,6 +138,7 @@ def cluster(
         "epochs": epochs,
     }
     _check(fields)
+    fields["name"] = name
     payload = payload_of(source)
     with _service(server) as url, _client(url) as client:
         _cluster(client, payload, fields, output)
@@ -210,9 +216,14 @@ def _client(url: str) -> Client:
 
 def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: Path) -> dict[str, Any]:
     """The whole journey, with a bar for each leg of it; the finished run."""
+    check_writable(output)
     form = {name: str(value) for name, value in fields.items() if value is not None}
     if payload.skipped:
-        messages.print(f"{payload.skipped} other files are not sent: their names are not those of images.")
+        kinds = ", ".join(
+            f"{number:,} {suffix or 'without a suffix'}" for suffix, number in Counter(payload.skipped).items()
+        )
+        read = " ".join(sorted(IMAGE_SUFFIXES))
+        messages.print(f"Not sent: {escape(kinds)}. Images are told by their names: {read}", highlight=False)
     with Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -233,7 +244,10 @@ def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: P
     if run["state"] != "succeeded":
         problem = run["problem"] or {"detail": "it was cancelled"}
         raise ClientError(problem["detail"])
-    client.save(run["links"]["labels_csv"], output)
+    try:
+        client.save(run["links"]["labels_csv"], output)
+    except ClientError as error:
+        raise ClientError(f"{error}; the labels stay at {client.server}{run['links']['labels_csv']}") from error
     _show(client, upload, run, output)
     return run
 

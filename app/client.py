@@ -31,7 +31,7 @@ class Payload:
     size: int
     blocks: Callable[[], Iterator[bytes]]
     files: int | None = None
-    skipped: int = 0
+    skipped: tuple[str, ...] = ()  # suffixes of the files that are not sent
 
 
 def payload_of(path: Path) -> Payload:
@@ -71,7 +71,7 @@ def _folder(folder: Path) -> Payload:
         size=size,
         blocks=blocks,
         files=len(images),
-        skipped=len(found) - len(images),
+        skipped=tuple(path.suffix.lower() for path in found if path.suffix.lower() not in IMAGE_SUFFIXES),
     )
 
 
@@ -179,9 +179,8 @@ class Client:
 
     def save(self, path: str, target: Path) -> None:
         """Write what is at `path` to `target`, which appears only when it is whole."""
-        partial = target.with_name(f".{target.name}.part")
+        partial = _partial(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             with self._http.stream("GET", path) as answer, partial.open("wb") as file:
                 answer.raise_for_status()
                 for block in answer.iter_bytes():
@@ -206,6 +205,22 @@ class Client:
             raise ClientError(_detail(answer))
         found: dict[str, Any] = answer.json()
         return found
+
+
+def check_writable(target: Path) -> None:
+    """Make the folder of a file that is to be written, and say now if it could not be."""
+    if target.is_dir():
+        raise ClientError(f"cannot write {target}: it is a folder; name a file in it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _partial(target).touch()
+        _partial(target).unlink()
+    except OSError as error:
+        raise ClientError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")
 
 
 def _detail(answer: httpx.Response) -> str:

@@ -119,7 +119,15 @@ def all_incoming() -> Iterator[Path]:
 
 
 def all_runs() -> Iterator[Path]:
-    folder = _root() / "runs"
+    yield from _folders_of("runs")
+
+
+def all_collections() -> Iterator[Path]:
+    yield from _folders_of("collections")
+
+
+def _folders_of(kind: str) -> Iterator[Path]:
+    folder = _root() / kind
     if folder.is_dir():
         yield from folder.iterdir()
 
@@ -216,17 +224,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def discard(path: Path) -> None:
-    """Remove a folder whose row is gone; should this process end meanwhile, a sweeper finds what is left of it."""
-    if not path.exists():
-        return
+def discard(*paths: Path) -> None:
+    """Remove folders whose rows are gone; should this process end meanwhile, a sweeper finds what is left of them."""
+    # All are moved out of sight before the first is emptied, which takes long.
+    for grave in [_bury(path) for path in paths if path.exists()]:
+        remove(grave)
+
+
+def _bury(path: Path) -> Path:
     grave = _root() / "deleted" / f"{path.name}-{uuid.uuid4().hex}"
     try:
         grave.parent.mkdir(exist_ok=True)
         path.rename(grave)
     except OSError:  # a full disk may have no room for another name, and deleting is what makes room
-        grave = path
-    remove(grave)
+        return path
+    return grave
 
 
 def all_discarded() -> Iterator[Path]:

@@ -104,10 +104,14 @@ def measure(features_BF: np.ndarray, class_B: np.ndarray) -> Draw:
 
     defaults = METHODS["scl"]["head"]
     clusters = len(np.unique(class_B))
-    with patch.object(committee, "assign", kept):
-        finish(heads.train(features_BF, clusters=clusters, epochs=defaults.epochs, restarts=defaults.restarts, seed=0))
+    # One thread, so that blocks are kept in the order of their rows.
+    with patch.object(committee, "assign", kept), patch.object(committee, "cpu_count", lambda: 1):
+        fit = finish(
+            heads.train(features_BF, clusters=clusters, epochs=defaults.epochs, restarts=defaults.restarts, seed=0)
+        )
     # Where an empty cluster was refilled the committee answered again, and its last answer counts.
     p_BK, q_BK = (torch.cat(parts)[-len(class_B) :] for parts in zip(*assigned, strict=True))
+    assert np.array_equal(assign.assign(p_BK, q_BK).labels_N, fit.assignment.labels_N)
     truth = [str(number) for number in class_B]
     errors = []
     for temperature in TEMPERATURES:

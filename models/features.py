@@ -8,6 +8,7 @@ the pooling and the kind of device, whose last digits differ: any of them change
 """
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,6 +21,8 @@ import numpy as np
 from models import backbones, images, networks
 from models.files import write_atomically
 from models.progress import Step
+
+log = logging.getLogger(__name__)
 
 BATCH = 32
 PART = 1024
@@ -132,9 +135,14 @@ def read_parts(cache: Path, row_of: dict[str, int], into_UD: np.ndarray) -> Iter
         wanted = [(position, row_of[key]) for position, key in enumerate(keys) if key in row_of]
         if not wanted:
             continue
-        part_PD = np.load(keys_path.with_suffix(".npy"), mmap_mode="r")
         positions, rows = zip(*wanted, strict=True)
-        into_UD[list(rows)] = part_PD[list(positions)]
+        try:
+            part_PD = np.load(keys_path.with_suffix(".npy"), mmap_mode="r")
+            into_UD[list(rows)] = part_PD[list(positions)]
+        except (ValueError, EOFError, IndexError, FileNotFoundError) as error:
+            log.warning("%s is damaged (%s); its features are made again", keys_path.with_suffix(".npy"), error)
+            keys_path.unlink(missing_ok=True)
+            continue
         yield from (keys[position] for position in positions)
 
 

@@ -5,8 +5,10 @@ import csv
 import hashlib
 import io
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     root: Path = options.images
     if not root.is_dir():
         raise InputError(f"{root} is no folder")
-    options.out.mkdir(parents=True, exist_ok=True)
+    prepare(options.out)
     sources, skipped = read_folder(root, besides=options.out)
     if not sources:
         raise InputError(f"{root} holds no readable images ({len(skipped)} other files)")
@@ -114,19 +116,44 @@ def run(options: argparse.Namespace) -> None:
     write_text(options.out / "levels.csv", levels_csv(names, grouping))
 
 
+def prepare(out: Path) -> None:
+    """Make the folder of the answer, and say before hours of training if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{out} cannot be written to: {error.strerror}") from error
+
+
 def read_folder(root: Path, *, besides: Path) -> tuple[list[Source], list[str]]:
-    """The readable images below a folder, in the order of their names, and the names of all other files."""
-    out = besides.resolve()
-    files = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not (out != root.resolve() and path.resolve().is_relative_to(out))
-    ]
+    """The readable images below a folder, in the order of their names, and the names of all else.
+
+    Links to folders are followed, unless they lead where something was read already. What lies in `besides`, if that
+    is inside of the folder, is left out.
+    """
+    out, seen = besides.resolve(), set()
+    inside = out != root.resolve() and out.is_relative_to(root.resolve())
+    unread: list[str] = []
+    files: list[Path] = []
+    tops = [root]
+    for top in tops:  # grows by the links that are found
+        for folder, folders, names in os.walk(top, onerror=lambda error: unread.append(error.filename)):
+            here = Path(folder).resolve()
+            if here in seen or (inside and here.is_relative_to(out)):
+                folders.clear()
+                continue
+            seen.add(here)
+            folders.sort()
+            tops += [path for path in (Path(folder) / name for name in folders) if path.is_symlink()]
+            files += [path for path in (Path(folder) / name for name in names) if path.is_file()]
+    files.sort()
     with ThreadPoolExecutor(cpu_count()) as pool:
         keys = list(pool.map(key_of_readable, files))
     sources = [Source(key=key, path=path) for path, key in zip(files, keys, strict=True) if key]
-    skipped = [path.relative_to(root).as_posix() for path, key in zip(files, keys, strict=True) if not key]
-    return sources, skipped
+    skipped = [*map(Path, unread), *(path for path, key in zip(files, keys, strict=True) if not key)]
+    return sources, [path.relative_to(root).as_posix() for path in skipped]
 
 
 def key_of_readable(path: Path) -> str | None:
@@ -165,29 +192,33 @@ def progress_line() -> Callable[[Progress], None]:
 
 
 def labels_csv(names: Sequence[str], grouping: Grouping) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row, name in enumerate(names):
-        writer.writerow(
-            [
-                name,
-                grouping.labels_N[row],
-                f"{grouping.confidence_N[row]:.6f}",
-                grouping.runner_up_N[row],
-                f"{grouping.margin_N[row]:.6f}",
-                str(bool(grouping.consensus_N[row])).lower(),
-            ]
-        )
-    return text.getvalue()
+    rows = (
+        [
+            name,
+            grouping.labels_N[row],
+            f"{grouping.confidence_N[row]:.6f}",
+            grouping.runner_up_N[row],
+            f"{grouping.margin_N[row]:.6f}",
+            str(bool(grouping.consensus_N[row])).lower(),
+        ]
+        for row, name in enumerate(names)
+    )
+    return table(COLUMNS, rows)
 
 
 def levels_csv(names: Sequence[str], grouping: Grouping) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["filename", *grouping.levels])
-    writer.writerows(zip(names, *(column.tolist() for column in grouping.levels.values()), strict=True))
-    return text.getvalue()
+    columns = (column.tolist() for column in grouping.levels.values())
+    return table(["filename", *grouping.levels], zip(names, *columns, strict=True))
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """CSV whose lines end with a line feed alone; a name may hold any letter."""
+    lines = []
+    for row in (heading, *rows):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\r\n").writerow(row)  # quotes both letters of its terminator
+        lines.append(line.getvalue().removesuffix("\r\n"))
+    return "\n".join([*lines, ""])
 
 
 def write_text(path: Path, text: str, *, errors: str = "surrogateescape") -> None:

@@ -13,7 +13,7 @@ import tarfile
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,10 +100,13 @@ def is_archive(head: bytes) -> bool:
     return head.startswith((*_ZIP, _GZIP, *_OTHER_ARCHIVES)) or head[257:262] == b"ustar"
 
 
-def entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
+def entries(
+    path: Path, filename: str, limits: Limits, keep_alive: Callable[[], None] = lambda: None
+) -> Iterator[Entry]:
     """The files of one part: the members of an archive, or the part itself.
 
-    Read each entry before asking for the next. Raises `ArchiveError`.
+    Read each entry before asking for the next. `keep_alive` is called now and then while a tar is read, also where
+    nobody asked for what is read. Raises `ArchiveError`, and what `keep_alive` raises.
     """
     with path.open("rb") as file:
         head = file.read(512)
@@ -111,7 +114,7 @@ def entries(path: Path, filename: str, limits: Limits) -> Iterator[Entry]:
     if head.startswith(_ZIP):
         found = _zip_entries(path, name, limits)
     elif head.startswith(_GZIP) or _is_tar(head):
-        found = _tar_entries(path, name, limits, compressed=head.startswith(_GZIP))
+        found = _tar_entries(path, name, limits, keep_alive, compressed=head.startswith(_GZIP))
     elif not is_picture(head) and (is_archive(head) or name.lower().endswith(_ARCHIVE_SUFFIXES)):
         raise ArchiveError("not-an-archive", f"{name} is not an archive that is read: zip, tar or tar.gz.")
     elif is_junk(filename):
@@ -258,7 +261,22 @@ class _ZipReader:
             raise DamagedFileError(f"The archive's entry is damaged: {_printable(str(error))}") from error
 
 
-def _tar_entries(path: Path, filename: str, limits: Limits, *, compressed: bool) -> Iterator[Entry]:
+class _Heard:
+    """A stream that says with each block that it is being read: behind a large member comes nothing for minutes."""
+
+    __slots__ = ("_keep_alive", "_stream", "tell")
+
+    def __init__(self, stream: IO[bytes], keep_alive: Callable[[], None]) -> None:
+        self._stream, self._keep_alive, self.tell = stream, keep_alive, stream.tell
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._keep_alive()
+        return self._stream.read(size)
+
+
+def _tar_entries(
+    path: Path, filename: str, limits: Limits, keep_alive: Callable[[], None], *, compressed: bool
+) -> Iterator[Entry]:
     """Members in stream order, so that a tar of any size takes the memory of one header."""
     empty, packed = True, path.stat().st_size
     # A damaged one is met, and told, by the reading below.
@@ -267,7 +285,8 @@ def _tar_entries(path: Path, filename: str, limits: Limits, *, compressed: bool)
             raise _too_many(filename, limits)
     with ExitStack() as stack:
         raw: IO[bytes] = stack.enter_context(path.open("rb"))
-        stream = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw))) if compressed else raw
+        unpacked = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw))) if compressed else raw
+        stream = cast("IO[bytes]", _Heard(unpacked, keep_alive))
         with closing(Archive.open(fileobj=stream, mode="r|")) as archive:
             for member in _members(archive, filename, limits):
                 empty = False

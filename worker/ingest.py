@@ -113,12 +113,13 @@ class _Ingest:
             total_bytes=upload.bytes,
             done=ledger.positions(session, upload.id),
             staging=self._staging,
-            keep_alive=self._keep_alive,
+            keep_alive=self._go_on,
         )
         self._folders = _Folders(upload.collection_id)
         self._known: dict[str, uuid.UUID] = {}
         self._refused: dict[str, Answer] = {}
         self._last_report = time.monotonic()
+        self._published = False  # whether this attempt gave files their names
 
     def work(self) -> None:
         """Take in every file, then end the upload, well or not."""
@@ -183,6 +184,7 @@ class _Ingest:
         with open_session() as session:
             # First, since it locks the row: nobody can take the upload over while files get their names.
             self._report(session, counts, stage="ingest", progress=batch.progress, ignored=batch.ignored)
+            self._published = True
             storage.publish(moves)
             ledger.add(session, self._collection, self._id, images, rows)
             session.commit()
@@ -223,7 +225,13 @@ class _Ingest:
             try:
                 return future.result(timeout=1.0)
             except TimeoutError:
-                self._keep_alive()
+                self._go_on()
+
+    def _go_on(self) -> None:
+        """Keep the lease, unless the worker is told to stop: what is not stored yet is done again then."""
+        if self._stop.is_set():
+            raise _StoppingError
+        self._keep_alive()
 
     def _keep_alive(self) -> None:
         """Renew the lease when it is time. A database that is away is tried again later."""
@@ -284,7 +292,7 @@ class _Ingest:
             self._keep_alive()
             for path in self._folders.paths(sha256):
                 storage.remove(Path(path))
-        if self._attempt > 1:
+        if self._published or self._attempt > 1:
             self._remove_strangers()
         with open_session() as session:
             problem = {"code": code, "detail": detail}
@@ -297,7 +305,7 @@ class _Ingest:
         storage.remove(storage.incoming(self._id))
 
     def _remove_strangers(self) -> None:
-        """Remove files without a row: an attempt that was killed between the two may have left some."""
+        """Remove files without a row: a kill between the two, or a full disk, may have left some."""
         for shelf in self._folders.shelves():
             self._keep_alive()
             names = [path for path in shelf.iterdir() if path.is_file()] if shelf.is_dir() else []

@@ -117,7 +117,7 @@ class Intake:
         for part in self._parts:
             if not storage.incoming_part(self._id, part.part).exists():
                 raise ArchiveError("upload-lost", f"What was received as {part.filename} is gone; send it again.")
-            for entry in entries(storage.incoming_part(self._id, part.part), part.filename, limits):
+            for entry in entries(storage.incoming_part(self._id, part.part), part.filename, limits, self._keep_alive):
                 if entry.name is None:
                     yield None, entry, 0.0
                     continue

@@ -341,7 +341,9 @@ def _store(attempt: _Attempt) -> None:
     outcome.write_levels(attempt.folder / storage.levels(attempt.run_id).name)
 
     def store(session: Session) -> bool:
-        values = {"metrics": outcome.metrics, "stage": "done", "eta_s": 0.0}
+        # With the news that no heartbeat brought to the database, if it was away.
+        last = {name: value for name, value in attempt.news.items() if name != "progress"}
+        values = {**last, "metrics": outcome.metrics, "stage": "done", "eta_s": 0.0}
         if not jobs.finish(session, Run, attempt.run_id, attempt.number, **values):
             return jobs.has_succeeded(session, Run, attempt.run_id, attempt.number)
         # From here on the row is locked until the commit: nobody else can end the run or take it over.

@@ -7,14 +7,15 @@ is away. Every step is a conditional UPDATE, so that any number of sweepers agre
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import structlog
 
 from app import queue, storage
 from app.config import settings
 from app.db.session import open_session
-from app.db.tables import Run, Upload
+from app.db.tables import Collection, Run, Upload
 from app.metrics import SWEEPER
 from app.services import jobs, uploads
 from worker.transactions import is_away, settle
@@ -135,10 +136,30 @@ def remove_orphans() -> None:
         storage.remove(folder)
 
 
+def _remove_what_no_row_names(table: type[Collection | Run], folders: Iterator[Path]) -> None:
+    """A process that ended between the end of a row and that of its folder left it; young ones may have a row soon."""
+    for folder in folders:
+        try:
+            identity = uuid.UUID(folder.name)
+            old = storage.now() - folder.stat().st_mtime > _CLEAN_EVERY_S
+        except (ValueError, FileNotFoundError):
+            continue
+        if not old:
+            continue
+        with open_session() as session:
+            if session.get(table, identity) is not None:
+                continue
+        SWEEPER.labels(action="orphan_removed").inc()
+        log.warning("orphan_removed", noun=table.__tablename__[:-1], id=str(identity))
+        storage.discard(folder)
+
+
 def remove_leftovers() -> None:
     """Delete what killed attempts of finished runs left, which nobody will go on from, and what a deletion left."""
     for folder in storage.all_discarded():
         storage.remove(folder)
+    _remove_what_no_row_names(Collection, storage.all_collections())
+    _remove_what_no_row_names(Run, storage.all_runs())
     for folder in storage.all_runs():
         try:
             run_id = uuid.UUID(folder.name)

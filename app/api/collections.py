@@ -50,8 +50,7 @@ def delete_collection(collection_id: uuid.UUID, session: DatabaseSession) -> Non
     """Delete a collection with its images, uploads, runs and files. Not while work on it is under way."""
     runs = collections.remove(session, collection_id)
     session.commit()
-    for path in (storage.collection(collection_id), *map(storage.run, runs)):
-        storage.discard(path)
+    storage.discard(storage.collection(collection_id), *map(storage.run, runs))
 
 
 @router.get("/{collection_id}/images", tags=["images"], responses=responses(404, 422))

@@ -15,6 +15,12 @@ from app.services import results, runs
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"], route_class=GuardedRoute)
 
+
+def _kept(response: Response) -> dict[str, str]:
+    """What `not_modified` has set, for an answer that FastAPI does not make."""
+    return {"ETag": response.headers["etag"], "Cache-Control": response.headers["cache-control"]}
+
+
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has this version."}}
 
 
@@ -27,7 +33,7 @@ def get_labels_csv(run_id: uuid.UUID, request: Request, response: Response, sess
     """Every image's label, a row each."""
     runs.get_succeeded(session, run_id)
     return not_modified(request, response, f"{run_id}-csv") or download(
-        results.labels_csv(session, run_id), f"labels-{run_id}.csv", CSV, {"ETag": response.headers["etag"]}
+        results.labels_csv(session, run_id), f"labels-{run_id}.csv", CSV, _kept(response)
     )
 
 
@@ -43,7 +49,7 @@ def get_labels_json(run_id: uuid.UUID, request: Request, response: Response, ses
         results.labels_json(session, run_id),
         f"labels-{run_id}.json",
         "application/json",
-        {"ETag": response.headers["etag"]},
+        _kept(response),
     )
 
 
@@ -62,5 +68,5 @@ def get_levels_csv(run_id: uuid.UUID, request: Request, response: Response, sess
         path,
         media_type="text/csv; charset=utf-8",
         filename=f"levels-{run_id}.csv",
-        headers={"ETag": response.headers["etag"], "Cache-Control": response.headers["cache-control"]},
+        headers=_kept(response),
     )

@@ -1,5 +1,6 @@
 """RFC 9457 problem details: the one place where domain errors meet HTTP status codes."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
-from starlette.routing import Match, Route
+from starlette.routing import BaseRoute, Match, Route
 
 from app.errors import (
     Conflict,
@@ -133,6 +134,10 @@ def invalid_input(found: list[dict[str, Any]]) -> JSONResponse:
     """Pydantic's findings as a problem: each field, what is wrong and the limit."""
     errors = []
     for item in found:
+        if item["type"] == "json_invalid":
+            said = f"is not JSON: {item['ctx']['error']}, at character {item['loc'][-1]}"
+            errors.append({"field": "body", "message": said})
+            continue
         where = [str(part) for part in item["loc"] if part not in ("body", "query", "path", "header")]
         errors.append({"field": ".".join(where) or "body", "message": str(item["msg"])})
     detail = "; ".join(f"{item['field']}: {item['message']}" for item in errors)
@@ -151,16 +156,26 @@ def _http(request: Request, error: Exception) -> JSONResponse:
     headers = dict(error.headers or {})
     if status == 405:
         headers["Allow"] = ", ".join(_methods(request))
+        detail = f"{request.url.path} answers to {headers['Allow']} alone, not to {request.method}."
     return problem(status, code, detail, headers=headers)
 
 
 def _methods(request: Request) -> list[str]:
     """What a path answers to; Starlette names only the methods of the first route that has it (RFC 9110, 10.2.1)."""
     found: set[str] = set()
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+    for route in _flat(request.app.routes):
+        if route.matches(request.scope)[0] is not Match.NONE:
             found |= route.methods or set()
     return sorted(found)
+
+
+def _flat(routes: Sequence[BaseRoute]) -> Iterator[Route]:
+    """FastAPI keeps the routes of an included router behind an object of its own."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield route
+        elif (router := getattr(route, "original_router", None)) is not None:
+            yield from _flat(router.routes)
 
 
 def _database_away(_request: Request, error: Exception) -> JSONResponse:

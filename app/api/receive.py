@@ -223,6 +223,12 @@ class _PartWriter:
             self.close()
             self._received.parts.append(ReceivedPart(filename=self._filename, bytes=self._bytes))
         elif self._field is not None:
+            if self._field in self._received.fields:
+                raise Invalid(
+                    f"The form field {self._field!r} comes twice.",
+                    code="invalid-input",
+                    fields={self._field: "must be sent once"},
+                )
             self._received.fields[self._field] = self._text.decode("utf-8", "replace")
 
     def _end(self) -> None:

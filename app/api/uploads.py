@@ -1,3 +1,4 @@
+import re
 import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -25,6 +26,8 @@ from app.services.parameters import Parameters
 
 router = APIRouter(prefix="/v1", tags=["uploads"], route_class=GuardedRoute)
 
+_ARCHIVE_SUFFIX = re.compile(r"\.(?:zip|tar|tgz|tar\.gz)$", re.IGNORECASE)
+
 _FILE: dict[str, Any] = {
     "type": "array",
     "items": {"type": "string", "format": "binary"},
@@ -42,7 +45,7 @@ _ONE_SHOT_FORM = _multipart(
         "file": _FILE,
         "name": {
             "type": "string",
-            "description": "Name of the new collection; unset: that of the first file.",
+            "description": "Name of the new collection; unset: that of the folder or the archive that is sent.",
         },
         **Parameters.model_json_schema()["properties"],
     },
@@ -104,7 +107,7 @@ async def cluster(request: Request, caller: CallerOf, key: IdempotencyKeyHeader 
     def create(session: Session, received: Received) -> RunOut:
         # HTML forms send what is left empty as an empty string.
         fields = {name: value for name, value in received.fields.items() if value != ""}
-        name = fields.pop("name", None) or received.parts[0].filename.rsplit("/", 1)[-1][:200] or "images"
+        name = fields.pop("name", None) or _name_of(received.parts[0].filename)
         try:
             new = NewCollection(name=name)
             parameters = Parameters.model_validate(fields)
@@ -115,6 +118,13 @@ async def cluster(request: Request, caller: CallerOf, key: IdempotencyKeyHeader 
         return RunOut.of(runs.create(session, collection.id, parameters, after_upload=received.upload_id))
 
     return await _receive_and_store(request, caller, key, check, create)
+
+
+def _name_of(filename: str) -> str:
+    """For a collection: the folder that its first file lies in, or that file's own name without an archive's suffix."""
+    folder, within, _ = filename.lstrip("/").partition("/")
+    name = folder if within else _ARCHIVE_SUFFIX.sub("", folder)
+    return name.strip()[:200] or "images"
 
 
 async def _receive_and_store(

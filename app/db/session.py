@@ -6,13 +6,20 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from app.config import settings
 
 # Owns no table, and row-level security applies to it; migration 0002 makes it.
 API_ROLE = "kindred_api"
 _TENANT = "kindred_tenant"
+# Keepalives are the server's own, which otherwise asks after hours whether a machine is still there.
+_HOLD = (
+    "SET idle_in_transaction_session_timeout = '5min'; "
+    "SET tcp_keepalives_idle = 60; SET tcp_keepalives_interval = 15; SET tcp_keepalives_count = 4"
+)
 _BEGIN = text("SELECT set_config('role', :role, true), set_config('kindred.tenant', :tenant, true)")
 
 
@@ -21,7 +28,7 @@ def engine() -> Engine:
     url = settings().database_url
     if url is None:
         raise RuntimeError("KINDRED_DATABASE_URL is not set; `kindred up` starts a PostgreSQL and sets it.")
-    return create_engine(
+    own = create_engine(
         url,
         pool_pre_ping=True,  # a restarted PostgreSQL costs one ping, not one failed request
         pool_size=10,
@@ -30,6 +37,16 @@ def engine() -> Engine:
         hide_parameters=True,  # an error that is logged names no file
         connect_args={"connect_timeout": 5},
     )
+    event.listen(own, "connect", _limit_what_we_hold)
+    return own
+
+
+def _limit_what_we_hold(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    """A process that was frozen, or whose machine is gone, keeps its locks no longer than this."""
+    cursor = connection.cursor()
+    cursor.execute(_HOLD)
+    cursor.close()
+    connection.commit()
 
 
 @lru_cache(maxsize=1)

@@ -53,13 +53,16 @@ def list_page(session: Session, limit: int, cursor: str | None) -> pages.Page[Co
 def remove(session: Session, collection_id: uuid.UUID) -> list[uuid.UUID]:
     """Delete a collection with all that belongs to it; the ids of its runs, whose files are to go too."""
     lock(session, collection_id)
-    for table, noun in ((Upload, "an upload"), (Run, "a run")):
+    for table, noun, what in (
+        (Upload, "an upload", "wait for its end"),
+        (Run, "a run", "wait for its end or cancel it"),
+    ):
         busy = session.scalar(
             select(table.id).where(table.collection_id == collection_id, table.state.in_(OPEN_STATES)).limit(1)
         )
         if busy is not None:
             raise Conflict(
-                f"The collection has {noun} under way ({busy}); wait for it or cancel it first.",
+                f"The collection has {noun} under way ({busy}); {what} first.",
                 code="collection-busy",
             )
     runs = list(session.scalars(select(Run.id).where(Run.collection_id == collection_id)))

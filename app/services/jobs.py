@@ -181,9 +181,16 @@ def requeue_lost(session: Session, table: JobTable) -> list[uuid.UUID]:
 
 
 def _requeue(session: Session, table: JobTable, **values: Any) -> list[uuid.UUID]:
+    # A worker that was frozen while it held its row locks it still: the others are not to wait for it.
+    lost = (
+        select(table.id)
+        .where(table.state == "running", table.lease_until < func.now())
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
     rows = session.execute(
         update(table)
-        .where(table.state == "running", table.lease_until < func.now())
+        .where(table.id.in_(lost))
         .values(lease_until=None, **values)
         .returning(table.id)
         .execution_options(synchronize_session=False)

@@ -124,7 +124,7 @@ def test_the_one_shot_makes_collection_upload_and_run(api: TestClient):
     assert run["parameters"]["clusters"] == 2
     upload = api.get(run["links"]["upload"]).json()
     assert upload["state"] == "queued"
-    assert api.get(run["links"]["collection"]).json()["name"] == "pictures.zip"
+    assert api.get(run["links"]["collection"]).json()["name"] == "pictures"
     assert [path.read_bytes() for path in files_below(settings().data_dir)] == [archive()[1]]
 
 
@@ -274,7 +274,33 @@ def test_submitting_works_while_the_broker_is_away(api: TestClient, monkeypatch:
 
 def test_a_path_that_is_nothing_and_a_wrong_method(api: TestClient):
     assert_problem(api.get("/v1/nothing"), 404, "no-such-page")
-    assert_problem(api.put("/v1/collections"), 405, "method-not-allowed")
+    answer = api.put("/v1/collections")
+    body = assert_problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "GET, POST"
+    assert body["detail"] == "/v1/collections answers to GET, POST alone, not to PUT."
+    assert api.put("/").headers["allow"] == "GET"
+
+
+def test_a_body_that_is_no_json_is_said_to_be_none(api: TestClient):
+    answer = api.post("/v1/collections", content=b'{"name": "a', headers={"Content-Type": "application/json"})
+    body = assert_problem(answer, 422, "invalid-input")
+    assert [error["field"] for error in body["errors"]] == ["body"]
+    assert body["detail"].startswith("body: is not JSON: ")
+
+
+def test_a_form_field_that_comes_twice_is_refused(api: TestClient):
+    form = [("clusters", (None, "2")), ("clusters", (None, "3")), ("file", archive())]
+    body = assert_problem(api.post("/v1/cluster", files=form), 422, "invalid-input")
+    assert body["errors"] == [{"field": "clusters", "message": "must be sent once"}]
+
+
+@pytest.mark.parametrize(
+    ("filename", "name"),
+    [("Holiday 2026/notes.txt", "Holiday 2026"), ("photos.tar.gz", "photos"), ("a.png", "a.png"), (".zip", "images")],
+)
+def test_a_collection_is_called_after_the_folder_or_the_archive(api: TestClient, filename: str, name: str):
+    answer = api.post("/v1/cluster", files={"file": (filename, archive()[1])}, data={"clusters": "2"})
+    assert api.get(answer.json()["links"]["collection"]).json()["name"] == name
 
 
 def test_health_and_readiness(api: TestClient):

@@ -95,6 +95,34 @@ def test_three_lost_attempts_fail_the_run():
     assert "3 times" in run.problem["detail"]
 
 
+def test_a_lost_job_whose_row_is_locked_keeps_the_others_not_waiting():
+    """As of a worker that was frozen within its last transaction."""
+    frozen, other = queued_run(), queued_run()
+    with open_session() as session:
+        assert jobs.claim(session, Run, frozen) is not None
+        assert jobs.claim(session, Run, other) is not None
+        session.commit()
+    let_lease_run_out(frozen)
+    let_lease_run_out(other)
+    with open_session() as holder, open_session() as sweeper:
+        assert jobs.finish(holder, Run, frozen, 1)
+        sweeper.execute(text("SET LOCAL lock_timeout = '5s'"))
+        assert jobs.requeue_lost(sweeper, Run) == [other]
+        sweeper.commit()
+        holder.rollback()
+    with open_session() as session:
+        assert jobs.requeue_lost(session, Run) == [frozen]
+        session.commit()
+
+
+def test_what_a_vanished_process_holds_is_given_up_by_the_server():
+    with open_session() as session:
+        names = ("idle_in_transaction_session_timeout", "tcp_keepalives_count")
+        shown = [session.scalar(text(f"SELECT setting FROM pg_settings WHERE name = '{name}'")) for name in names]
+    assert shown[0] == "300000"  # ms
+    assert shown[1] in {"0", "4"}  # 0 on a socket of this machine
+
+
 def test_a_release_is_not_a_lost_attempt():
     run_id = queued_run()
     with open_session() as session:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import threading
 import uuid
@@ -94,6 +95,24 @@ def test_what_a_killed_deletion_left_is_swept_up(api: TestClient, monkeypatch: p
     assert not list((settings().data_dir / "collections").iterdir())
     remove_leftovers()
     assert not list(left.iterdir())
+
+
+@pytest.mark.parametrize("table", ["collections", "runs"])
+def test_what_a_deletion_never_came_to_is_swept_up(api: TestClient, table: str):
+    """Its process ended between the end of the rows and that of the folders."""
+    image = taken_in(api, "a.png", picture(1))
+    orphan, young = (settings().data_dir / table / str(uuid.uuid4()) for _ in range(2))
+    for folder in (orphan, young):
+        folder.mkdir(parents=True)
+        (folder / "levels.csv").write_text("a.png")
+    os.utime(orphan, (0, 0))
+    for path in (settings().data_dir / "collections").iterdir():
+        if path not in (orphan, young):
+            os.utime(path, (0, 0))
+    remove_leftovers()
+    assert not orphan.exists()
+    assert young.exists()  # its row may be about to be committed
+    assert api.get(f"/v1/images/{image['id']}/original").status_code == 200
 
 
 def test_an_original_is_saved_and_never_shown(api: TestClient):

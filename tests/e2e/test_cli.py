@@ -53,7 +53,19 @@ def test_a_folder_is_grouped_and_its_labels_written(service: str, tmp_path: Path
     assert "scl: ACC 1.000" in done.stdout
     assert "k-means, same features: ACC" in done.stdout
     assert str(tmp_path / "out" / "labels.csv") in done.stdout
-    assert "1 other files are not sent" in done.stderr
+    assert "Not sent: 1 .txt. Images are told by their names: .bmp" in done.stderr
+
+
+def test_labels_that_could_not_be_written_are_said_before_anything_is_sent(service: str, tmp_path: Path):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(8)))
+    (tmp_path / "file").write_text("")
+    for output, why in ((".", "it is a folder; name a file in it"), ("file/labels.csv", "Not a directory")):
+        done = kindred(service, "cluster", "photos.zip", "-k", "2", "-o", output, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: cannot write ")
+        assert why in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos.zip"]
 
 
 def test_the_same_seed_gives_the_same_labels_twice(service: str, tmp_path: Path):

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_copies_are_computed_once(sources):
     steps, found = run([sources[0], sources[1], sources[0]], None)
     assert steps[-1].total == 2
     assert np.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("damage", [lambda part: os.truncate(part, 200), lambda part: part.unlink()])
+def test_what_is_damaged_in_the_cache_is_made_again(sources, tmp_path, damage):
+    expected = run(sources, tmp_path)[1]
+    for part in tmp_path.rglob("part-*.npy"):
+        damage(part)
+    steps, again = run(sources, tmp_path)
+    assert steps[0].done == 0
+    assert np.array_equal(again, expected)
+    assert run(sources, tmp_path)[0][0].done == 60
 
 
 def test_another_image_size_is_another_cache(sources, tmp_path):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from models import train
 from models.config import METHODS
-from models.folder import main, true_labels
+from models.folder import main, read_folder, true_labels
 from models.full import Stopped
 from models.train import Config, InputError, group, save_model
 from tests.models.conftest import finish, sources_of
@@ -325,6 +326,44 @@ def test_a_folder_with_names_that_are_no_utf_8(sources, tmp_path):
     assert labels.count(b"caf\xe9-") == 6
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert os.fsdecode(b"\xff.txt") in report["skipped"]["files"]
+
+
+def test_a_name_may_hold_a_carriage_return(sources, tmp_path):
+    for number, source in enumerate(sources[:6]):
+        (tmp_path / f"a\r{number}.png").write_bytes(source.path.read_bytes())
+    assert main(arguments(tmp_path, tmp_path / "out", clusters=2)) == 0
+    for name in ("labels.csv", "levels.csv"):
+        with (tmp_path / "out" / name).open(newline="") as file:
+            assert [row["filename"] for row in csv.DictReader(file)] == [f"a\r{number}.png" for number in range(6)]
+
+
+def test_folders_are_read_wherever_they_lie_and_only_once(sources, tmp_path):
+    for number, source in enumerate(sources[:6]):
+        path = tmp_path / ("elsewhere" if number < 3 else "root/b") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source.path.read_bytes())
+    root = tmp_path / "root"
+    for link, target in (("a", tmp_path / "elsewhere"), ("again", tmp_path / "elsewhere"), ("b/up", root)):
+        (root / link).symlink_to(target)
+    (root / "out").mkdir()
+    (root / "out" / "0.png").write_bytes(sources[0].path.read_bytes())
+    found, skipped = read_folder(root, besides=root / "out")
+    assert [source.path.relative_to(root).as_posix() for source in found] == [
+        "a/0.png", "a/1.png", "a/2.png", "b/3.png", "b/4.png", "b/5.png",
+    ]  # fmt: skip
+    assert skipped == []
+    # An answer beside or above the pictures leaves none out.
+    assert len(read_folder(root, besides=tmp_path)[0]) == 7
+
+
+@pytest.mark.parametrize("out", ["file/out", "/sys"])
+def test_an_answer_that_could_not_be_written_is_said_at_once(digits, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(arguments(digits, out)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {out} cannot be written to: ")
+    assert said.count("\n") == 1
 
 
 def test_true_labels_are_the_nearest_folders():

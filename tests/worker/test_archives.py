@@ -49,6 +49,22 @@ def test_members_keep_their_names_and_bytes(tmp_path: Path, content: bytes):
     assert listed(tmp_path, content) == list(FILES.items())
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_reading_past_a_large_member_is_heard_of(tmp_path: Path, mode: str):
+    path = tmp_path / "part"
+    path.write_bytes(tar_of({"a.png": b"1", "film.mp4": bytes(2**24), "b.png": b"2"}, mode))
+    heard = 0
+
+    def hear() -> None:
+        nonlocal heard
+        heard += 1
+
+    before = {
+        entry.name: heard for entry in entries(path, "a.tar", Limits(files=9, unpacked_bytes=10**9, ratio=1e9), hear)
+    }
+    assert before["b.png"] - before["film.mp4"] > 10
+
+
 def test_a_part_that_is_no_archive_is_one_file(tmp_path: Path):
     assert listed(tmp_path, b"anything") == [("part.bin", b"anything")]
 

@@ -45,6 +45,33 @@ def test_a_run_that_waits_for_a_failed_upload_fails_too():
         assert problem["detail"] in failed.problem["detail"]
 
 
+def test_a_disk_that_fills_while_files_get_their_names_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch):
+    def full(_folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    upload_id = queued(("a.zip", zip_of(two_kinds(30))))
+    monkeypatch.setattr(storage, "_sync_file_system", full)
+    upload = run(upload_id)
+    assert (upload.state, upload.problem["code"]) == ("failed", "storage-full")
+    assert [path for path in storage.collection(upload.collection_id).rglob("*") if path.is_file()] == []
+
+
+def test_a_worker_that_is_told_to_stop_does_not_wait_for_the_decoders():
+    flat = encoded(Pillow.new("RGB", (9000, 9000)), "PNG")  # small, and long to decode
+    files = {f"{number}.png": flat + bytes([number]) for number in range(40)}
+    upload_id = queued(("a.tar", tar_of(files, "w")))
+    stop = threading.Event()
+    thread = threading.Thread(target=ingest, args=(upload_id, stop))
+    thread.start()
+    time.sleep(2)
+    stop.set()
+    asked = time.monotonic()
+    thread.join(60)
+    assert time.monotonic() - asked < 10
+    upload = read(upload_id)
+    assert (upload.state, upload.lost_attempts, upload.received) == ("queued", 0, 0)
+
+
 def test_a_failed_upload_spares_the_images_of_the_ones_before():
     first = run(queued(("a.zip", zip_of(two_kinds(6)))))
     files = two_kinds(30) | {"text.txt": b"t"}

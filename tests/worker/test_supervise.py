@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from sqlalchemy import func, select, text, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from app import storage
 from app.config import settings
@@ -21,6 +23,7 @@ from app.services import collections, results, runs
 from app.services.parameters import Parameters
 from tests.pictures import picture
 from tests.waiting import wait_for
+from worker import supervise as supervision
 from worker.supervise import supervise
 from worker.sweep import sweep, until_next_turn_s
 
@@ -90,6 +93,31 @@ def in_background(run_id: uuid.UUID, stop: threading.Event | None = None) -> thr
     thread = threading.Thread(target=supervise, args=(run_id, stop or threading.Event()))
     thread.start()
     return thread
+
+
+def test_what_the_trainer_said_while_the_database_was_away_is_kept(monkeypatch: pytest.MonkeyPatch):
+    """From the first heartbeat to the last; it is back for the result."""
+    run_id = new_run(collection_of(20), method="kmeans")
+    report, lost = supervision._report, []
+
+    def away() -> Session:
+        raise OperationalError("SELECT 1", None, Exception("server closed the connection"))
+
+    def unheard(attempt: object) -> bool:
+        with monkeypatch.context() as outage:
+            outage.setattr(supervision, "open_session", away)
+            lost.append(report(attempt))
+        return False
+
+    monkeypatch.setattr(supervision, "_report", unheard)
+    supervise(run_id, threading.Event())
+    run = read(run_id)
+    assert lost
+    assert not any(lost)
+    assert (run.state, run.stage, run.progress, run.eta_s) == ("succeeded", "done", 1.0, 0.0)
+    assert run.provenance is not None
+    assert len(run.provenance["backbone_sha256"]) == 64
+    assert run.parameters["restarts"] is not None
 
 
 def test_a_run_ends_with_labels_for_every_image():

@@ -17,3 +17,9 @@ for (const auto of document.querySelectorAll('[type=checkbox][name=clusters]')) 
   auto.addEventListener('change', follow);
   follow(); // the browser may have restored the box
 }
+
+// What is wrong inside of a closed part could not be shown, and the form would not say why it does nothing.
+addEventListener('invalid', ({ target }) => {
+  const closed = target.closest('details:not([open])');
+  if (closed) closed.open = true;
+}, true);
