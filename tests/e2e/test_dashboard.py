@@ -180,6 +180,19 @@ def test_a_combination_that_cannot_be_is_refused_in_words(page: Page):
     expect(page.get_by_role("alert").first).to_contain_text("a head needs a pretrained backbone")
 
 
+def test_what_is_wrong_in_a_closed_part_of_the_form_is_shown(page: Page):
+    page.goto("/")
+    page.locator("#files").set_input_files(archive(two_kinds(4)))
+    page.get_by_text("More settings").click()
+    seed = page.get_by_label("Seed")
+    seed.fill("-5")
+    page.get_by_text("More settings").click()
+    expect(seed).to_be_hidden()
+    page.get_by_role("button", name="Upload and group").click()
+    expect(seed).to_be_visible()
+    expect(seed).to_be_focused()
+
+
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_no_page_is_wider_than_the_window(page: Page, width: int):
     page.set_viewport_size({"width": width, "height": 800})
