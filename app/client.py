@@ -215,6 +215,8 @@ def check_writable(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         _partial(target).touch()
         _partial(target).unlink()
+    except FileExistsError as error:
+        raise ClientError(f"cannot write {target}: {target.parent} is no folder") from error
     except OSError as error:
         raise ClientError(f"cannot write {target}: {error.strerror}") from error
 

@@ -1,10 +1,12 @@
 """The shapes of requests and answers."""
 
+import unicodedata
 import uuid
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
 from app.db.tables import Image, Run, Upload, UploadFile
 from app.services import runs
@@ -13,8 +15,24 @@ from app.services.results import ClusterView, Member
 
 T = TypeVar("T")
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-# PostgreSQL's text holds no NUL.
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+# Controls, and what ends lines; what turns the direction of the words after it.
+_UNSHOWN = ("Cc", "Zl", "Zp")
+_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def is_shown(letter: str) -> bool:
+    """Whether a letter may be in a name; PostgreSQL's text, besides, holds no NUL."""
+    return letter not in _TURNS and unicodedata.category(letter) not in _UNSHOWN
+
+
+def _visible(name: str) -> str:
+    marks = [letter for letter in name if not letter.isspace() and unicodedata.category(letter) != "Cf"]
+    if not marks or not all(map(is_shown, name)):
+        raise PydanticCustomError("name", "must have a visible character, and none that controls how text is shown")
+    return name
+
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200), AfterValidator(_visible)]
 
 
 class PageOf(BaseModel, Generic[T]):

@@ -17,7 +17,7 @@ from app.api.download import CSV, download
 from app.api.problems import responses
 from app.api.receive import Received, receive
 from app.api.replay import stream_digest
-from app.api.schemas import LedgerRow, NewCollection, PageOf, RunOut, UploadOut
+from app.api.schemas import LedgerRow, NewCollection, PageOf, RunOut, UploadOut, is_shown
 from app.db.session import tenant_session
 from app.db.tables import IdempotencyKey
 from app.errors import Invalid
@@ -124,7 +124,7 @@ def _name_of(filename: str) -> str:
     """For a collection: the folder that its first file lies in, or that file's own name without an archive's suffix."""
     folder, within, _ = filename.lstrip("/").partition("/")
     name = folder if within else _ARCHIVE_SUFFIX.sub("", folder)
-    return name.strip()[:200] or "images"
+    return "".join(filter(is_shown, name)).strip()[:200] or "images"
 
 
 async def _receive_and_store(

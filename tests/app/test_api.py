@@ -71,7 +71,7 @@ def test_a_created_collection_is_where_location_says(api: TestClient):
     assert (found["name"], found["images"]) == ("Ferien \N{SNOWMAN}", 0)
 
 
-@pytest.mark.parametrize("name", ["", "   ", "x" * 201, "a\x00b"])
+@pytest.mark.parametrize("name", ["", "   ", "x" * 201, "a\x00b", "a\nb", "\u200b", "a\u202eb"])
 def test_a_bad_name_is_named(api: TestClient, name: str):
     body = assert_problem(api.post("/v1/collections", json={"name": name}), 422, "invalid-input")
     assert body["errors"][0]["field"] == "name"
@@ -296,7 +296,13 @@ def test_a_form_field_that_comes_twice_is_refused(api: TestClient):
 
 @pytest.mark.parametrize(
     ("filename", "name"),
-    [("Holiday 2026/notes.txt", "Holiday 2026"), ("photos.tar.gz", "photos"), ("a.png", "a.png"), (".zip", "images")],
+    [
+        ("Holiday 2026/notes.txt", "Holiday 2026"),
+        ("photos.tar.gz", "photos"),
+        ("a.png", "a.png"),
+        (".zip", "images"),
+        ("a\u202e\t/1.png", "a"),
+    ],
 )
 def test_a_collection_is_called_after_the_folder_or_the_archive(api: TestClient, filename: str, name: str):
     answer = api.post("/v1/cluster", files={"file": (filename, archive()[1])}, data={"clusters": "2"})

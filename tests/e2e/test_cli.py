@@ -59,7 +59,7 @@ def test_a_folder_is_grouped_and_its_labels_written(service: str, tmp_path: Path
 def test_labels_that_could_not_be_written_are_said_before_anything_is_sent(service: str, tmp_path: Path):
     (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(8)))
     (tmp_path / "file").write_text("")
-    for output, why in ((".", "it is a folder; name a file in it"), ("file/labels.csv", "Not a directory")):
+    for output, why in ((".", "it is a folder; name a file in it"), ("file/labels.csv", "file is no folder")):
         done = kindred(service, "cluster", "photos.zip", "-k", "2", "-o", output, cwd=tmp_path)
         assert done.returncode == 1
         assert done.stderr.startswith("error: cannot write ")
