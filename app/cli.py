@@ -139,6 +139,7 @@ def cluster(
     }
     _check(fields)
     fields["name"] = name
+    check_writable(output)
     payload = payload_of(source)
     with _service(server) as url, _client(url) as client:
         _cluster(client, payload, fields, output)
@@ -216,7 +217,6 @@ def _client(url: str) -> Client:
 
 def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: Path) -> dict[str, Any]:
     """The whole journey, with a bar for each leg of it; the finished run."""
-    check_writable(output)
     form = {name: str(value) for name, value in fields.items() if value is not None}
     if payload.skipped:
         kinds = ", ".join(

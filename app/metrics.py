@@ -41,7 +41,15 @@ REQUEST_SECONDS = Histogram(
 SWEEPER = Counter(
     "kindred_sweeper_actions", "What sweepers did about lost work, by action.", ["action"], registry=WORKER
 )
-for _action in ("requeued", "given_up", "failed_without_upload", "rung_again", "orphan_removed", "leftovers_removed"):
+for _action in (
+    "requeued",
+    "given_up",
+    "failed_without_upload",
+    "rung_again",
+    "orphan_removed",
+    "leftovers_removed",
+    "deletion_ended",
+):
     SWEEPER.labels(action=_action)
 
 

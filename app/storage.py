@@ -8,6 +8,7 @@
     {data_dir}/runs/{run}/                                   a finished run's artefacts, the trainers' log
     {data_dir}/runs/{run}/attempt-{n}/                       what an attempt makes, until it is a result
     {data_dir}/runs/{run}/checkpoint/                        what the next attempt goes on from
+    {data_dir}/deletions/{collection}                        what goes with a collection that is being deleted
     {data_dir}/deleted/                                      folders on their way out
     {data_dir}/metrics/{worker}.prom                         what a worker counts
     {data_dir}/weights/                                      weights files that users bring, or {weights_dir}
@@ -21,8 +22,8 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import BinaryIO
@@ -119,15 +120,7 @@ def all_incoming() -> Iterator[Path]:
 
 
 def all_runs() -> Iterator[Path]:
-    yield from _folders_of("runs")
-
-
-def all_collections() -> Iterator[Path]:
-    yield from _folders_of("collections")
-
-
-def _folders_of(kind: str) -> Iterator[Path]:
-    folder = _root() / kind
+    folder = _root() / "runs"
     if folder.is_dir():
         yield from folder.iterdir()
 
@@ -222,6 +215,39 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def deletion(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> Iterator[None]:
+    """Inside, the rows of a collection and of its runs go for good; at the end, their folders.
+
+    What is to go is written down first: should this process end in between, a sweeper looks whether the rows are gone.
+    Folders that no row names say nothing, since the rows may be in another database than the one that is asked.
+    """
+    plan = _root() / "deletions" / str(collection_id)
+    with suppress(OSError), atomic_write(plan) as file:  # on a full disk, deleting is what makes room
+        file.write("\n".join(map(str, runs)).encode())
+    yield
+    carry_out(collection_id, runs)
+
+
+def carry_out(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> None:
+    """The second half of a deletion."""
+    discard(collection(collection_id), *map(run, runs))
+    forget_deletion(collection_id)
+
+
+def forget_deletion(collection_id: uuid.UUID) -> None:
+    remove(_root() / "deletions" / str(collection_id))
+
+
+def all_deletions() -> Iterator[tuple[uuid.UUID, list[uuid.UUID], float]]:
+    """Of every deletion under way, or cut short: the collection, its runs, and when it began by `now()`."""
+    folder = _root() / "deletions"
+    for plan in list(folder.iterdir()) if folder.is_dir() else []:
+        with suppress(ValueError, FileNotFoundError):  # not yet whole; ended meanwhile
+            runs = [uuid.UUID(line) for line in plan.read_text().split()]
+            yield uuid.UUID(plan.name), runs, plan.stat().st_mtime
 
 
 def discard(*paths: Path) -> None:

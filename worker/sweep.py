@@ -7,8 +7,7 @@ is away. Every step is a conditional UPDATE, so that any number of sweepers agre
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import structlog
 
@@ -136,30 +135,25 @@ def remove_orphans() -> None:
         storage.remove(folder)
 
 
-def _remove_what_no_row_names(table: type[Collection | Run], folders: Iterator[Path]) -> None:
-    """A process that ended between the end of a row and that of its folder left it; young ones may have a row soon."""
-    for folder in folders:
-        try:
-            identity = uuid.UUID(folder.name)
-            old = storage.now() - folder.stat().st_mtime > _CLEAN_EVERY_S
-        except (ValueError, FileNotFoundError):
-            continue
-        if not old:
-            continue
+def _end_deletions() -> None:
+    """Carry out the deletions whose process ended between the end of the rows and that of the folders."""
+    now = storage.now()
+    for collection_id, runs, began in storage.all_deletions():
         with open_session() as session:
-            if session.get(table, identity) is not None:
-                continue
-        SWEEPER.labels(action="orphan_removed").inc()
-        log.warning("orphan_removed", noun=table.__tablename__[:-1], id=str(identity))
-        storage.discard(folder)
+            there = session.get(Collection, collection_id) is not None
+        if not there:
+            SWEEPER.labels(action="deletion_ended").inc()
+            log.warning("deletion_ended", collection=str(collection_id))
+            storage.carry_out(collection_id, runs)
+        elif now - began > _CLEAN_EVERY_S:  # it was not committed, or is long about to be
+            storage.forget_deletion(collection_id)
 
 
 def remove_leftovers() -> None:
     """Delete what killed attempts of finished runs left, which nobody will go on from, and what a deletion left."""
     for folder in storage.all_discarded():
         storage.remove(folder)
-    _remove_what_no_row_names(Collection, storage.all_collections())
-    _remove_what_no_row_names(Run, storage.all_runs())
+    _end_deletions()
     for folder in storage.all_runs():
         try:
             run_id = uuid.UUID(folder.name)

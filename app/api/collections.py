@@ -49,8 +49,8 @@ def get_collection(collection_id: uuid.UUID, session: DatabaseSession) -> Collec
 def delete_collection(collection_id: uuid.UUID, session: DatabaseSession) -> None:
     """Delete a collection with its images, uploads, runs and files. Not while work on it is under way."""
     runs = collections.remove(session, collection_id)
-    session.commit()
-    storage.discard(storage.collection(collection_id), *map(storage.run, runs))
+    with storage.deletion(collection_id, runs):
+        session.commit()
 
 
 @router.get("/{collection_id}/images", tags=["images"], responses=responses(404, 422))

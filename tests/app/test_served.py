@@ -24,7 +24,8 @@ from app.config import settings
 from app.db.session import open_session
 from app.headers import HEADERS, attachment, image_name
 from app.main import create_app
-from app.services import tabular
+from app.services import collections, tabular
+from app.services.collections import remove
 from app.services.results import labels_csv, labels_json
 from benchmarks.export import written
 from tests.app.test_api import assert_problem, files_below
@@ -97,21 +98,37 @@ def test_what_a_killed_deletion_left_is_swept_up(api: TestClient, monkeypatch: p
     assert not list(left.iterdir())
 
 
-@pytest.mark.parametrize("table", ["collections", "runs"])
-def test_what_a_deletion_never_came_to_is_swept_up(api: TestClient, table: str):
-    """Its process ended between the end of the rows and that of the folders."""
-    image = taken_in(api, "a.png", picture(1))
-    orphan, young = (settings().data_dir / table / str(uuid.uuid4()) for _ in range(2))
-    for folder in (orphan, young):
+def test_a_deletion_that_ended_before_its_files_did_is_carried_out(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    """By whoever sweeps; and folders whose rows are in no such plan stay, whatever the database says of them."""
+    taken_in(api, "a.png", picture(1))
+    collection = api.get("/v1/collections").json()["items"][0]
+    run = settings().data_dir / "runs" / str(uuid.uuid4())
+    stranger = settings().data_dir / "collections" / str(uuid.uuid4())
+    for folder in (run, stranger):
         folder.mkdir(parents=True)
         (folder / "levels.csv").write_text("a.png")
-    os.utime(orphan, (0, 0))
-    for path in (settings().data_dir / "collections").iterdir():
-        if path not in (orphan, young):
-            os.utime(path, (0, 0))
+    monkeypatch.setattr(collections, "remove", lambda *given: [*remove(*given), uuid.UUID(run.name)])
+    with monkeypatch.context() as killed:
+        killed.setattr(storage, "carry_out", lambda *_given: None)
+        assert api.delete(collection["links"]["self"]).status_code == 204
+    assert (settings().data_dir / "collections" / collection["id"]).exists()
     remove_leftovers()
-    assert not orphan.exists()
-    assert young.exists()  # its row may be about to be committed
+    assert not (settings().data_dir / "collections" / collection["id"]).exists()
+    assert not run.exists()
+    assert stranger.exists()
+    assert list(storage.all_deletions()) == []
+
+
+def test_a_deletion_that_was_not_committed_takes_nothing(api: TestClient):
+    image = taken_in(api, "a.png", picture(1))
+    collection = api.get("/v1/collections").json()["items"][0]
+    with pytest.raises(RuntimeError), storage.deletion(uuid.UUID(collection["id"]), []):
+        raise RuntimeError("the commit failed")
+    remove_leftovers()
+    assert len(list(storage.all_deletions())) == 1  # it may be about to be committed
+    os.utime(settings().data_dir / "deletions" / collection["id"], (0, 0))
+    remove_leftovers()
+    assert list(storage.all_deletions()) == []
     assert api.get(f"/v1/images/{image['id']}/original").status_code == 200
 
 
