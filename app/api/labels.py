@@ -15,12 +15,6 @@ from app.services import results, runs
 
 router = APIRouter(prefix="/v1/runs/{run_id}", tags=["labels"], route_class=GuardedRoute)
 
-
-def _kept(response: Response) -> dict[str, str]:
-    """What `not_modified` has set, for an answer that FastAPI does not make."""
-    return {"ETag": response.headers["etag"], "Cache-Control": response.headers["cache-control"]}
-
-
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has this version."}}
 
 
@@ -70,3 +64,8 @@ def get_levels_csv(run_id: uuid.UUID, request: Request, response: Response, sess
         filename=f"levels-{run_id}.csv",
         headers=_kept(response),
     )
+
+
+def _kept(response: Response) -> dict[str, str]:
+    """What `not_modified` has set, for an answer that FastAPI does not make."""
+    return {"ETag": response.headers["etag"], "Cache-Control": response.headers["cache-control"]}
