@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,11 +51,7 @@ def create(
     console.print(key, soft_wrap=True, highlight=False)
     if first:
         settings = Settings()
-        where = (
-            ""
-            if settings.database_url
-            else f" to the service on {escape(str(settings.data_dir.expanduser().resolve()))}"
-        )
+        where = "" if settings.database_url else f" to the service on {escape(str(_place(settings)))}"
         messages.print(
             f"It is the first, so from now on every request{where} needs a key: the dashboard asks for it, and "
             "`kindred cluster` sends what KINDRED_API_KEY holds.",
@@ -101,8 +98,8 @@ def _database(*, made: bool = False) -> Iterator[Session]:
     settings = Settings()
     if made and settings.database_url is None and not has_cluster(settings.data_dir):
         raise KindredError(
-            f"there is no database in {settings.data_dir.expanduser().resolve()}; start the command where the service "
-            "was started, or name its data folder by KINDRED_DATA_DIR"
+            f"there is no database in {_place(settings)}; start the command where the service was started, or name its "
+            "data folder by KINDRED_DATA_DIR"
         )
     try:
         if settings.database_url is not None:
@@ -118,6 +115,10 @@ def _database(*, made: bool = False) -> Iterator[Session]:
         if "does not exist" in why:
             raise KindredError("the database has no keys yet: bring it up to date with `kindred migrate`") from error
         raise KindredError(f"the database cannot be used: {why}") from error
+
+
+def _place(settings: Settings) -> Path:
+    return settings.data_dir.expanduser().resolve()
 
 
 def _state(row: ApiKey) -> str:

@@ -10,7 +10,6 @@ import itertools
 import re
 import stat
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Protocol, Self, cast
 
+from app.letters import controls
 from worker.tar_headers import Archive, Member, holds_more_than
 
 MAX_NAME = 1024
@@ -26,7 +26,6 @@ MAX_NAME = 1024
 _JUNK_NAME = re.compile(
     r"(?:^|[/\\])(?:__MACOSX(?:[/\\]|$)|\.(?!\.?(?:[/\\]|$))|(?:thumbs\.db|desktop\.ini)$)", re.IGNORECASE
 )
-_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz", ".gz", ".7z", ".rar", ".bz2", ".xz", ".zst")
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _GZIP = b"\x1f\x8b"
@@ -384,16 +383,9 @@ def leads_out(name: str) -> bool:
 
 
 def display_name(name: str) -> str:
-    """A name that can be shown and stored: relative, without `..`, characters that control or broken encoding.
-
-    Characters that turn the direction of writing are such, since `gpj.exe` would read as `exe.jpg`.
-    """
+    """A name that can be shown and stored: relative, without `..`, characters that control or broken encoding."""
     if not name.isprintable():
-        bad = {
-            ord(letter)
-            for letter in name
-            if unicodedata.category(letter) in ("Cc", "Cs") or unicodedata.bidirectional(letter) in _TURNS
-        }
+        bad = {ord(letter) for letter in name if controls(letter)}
         name = name.translate(dict.fromkeys(bad, "\N{REPLACEMENT CHARACTER}"))
     name = re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/"))
     name = "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "unnamed"

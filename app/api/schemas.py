@@ -9,20 +9,18 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 from app.db.tables import Image, Run, Upload, UploadFile
+from app.letters import controls
 from app.services import runs
 from app.services.collections import CollectionView
 from app.services.results import ClusterView, Member
 
 T = TypeVar("T")
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-# Controls, and what ends lines; what turns the direction of the words after it.
-_UNSHOWN = ("Cc", "Zl", "Zp")
-_TURNS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def is_shown(letter: str) -> bool:
-    """Whether a letter may be in a name; PostgreSQL's text, besides, holds no NUL."""
-    return letter not in _TURNS and unicodedata.category(letter) not in _UNSHOWN
+    """Whether a letter may be in a name of one line; PostgreSQL's text, besides, holds no NUL."""
+    return not controls(letter) and unicodedata.category(letter) not in ("Zl", "Zp")
 
 
 def _visible(name: str) -> str:
