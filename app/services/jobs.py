@@ -3,7 +3,7 @@
     queued → running → succeeded | failed | cancelled
 
 Every change of state is one conditional UPDATE that says from which state it starts; no row is an answer.
-Time is the database's `now()`. Each function opens no session and commits nothing.
+Time is the database's. Each function opens no session and commits nothing.
 """
 
 import uuid
@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from app.config import settings
-from app.db.tables import Job, Run, Upload
+from app.db.tables import Collection, Job, Run, Upload
 
 JobTable = type[Upload] | type[Run]
 J = TypeVar("J", Upload, Run)
@@ -51,6 +51,9 @@ def _may_start(table: JobTable) -> ColumnElement[bool]:
 
 def claim(session: Session, table: type[J], identity: uuid.UUID) -> J | None:
     """Start a queued job. None: somebody else has it, it is over, or it must wait. Drop the message."""
+    if table is Run:
+        # Until uploads that are being finished are so for everybody: all attempts are to see the same images.
+        _lock_collection(session, table, identity, read=True)
     statement = (
         update(table)
         .where(table.id == identity, table.state == "queued", _may_start(table))
@@ -58,7 +61,7 @@ def claim(session: Session, table: type[J], identity: uuid.UUID) -> J | None:
             state="running",
             attempt=table.attempt + 1,
             lease_until=_lease(),
-            started_at=func.coalesce(table.started_at, func.now()),
+            started_at=func.coalesce(table.started_at, func.clock_timestamp()),
         )
         .returning(table)
         .execution_options(synchronize_session=False)
@@ -84,12 +87,23 @@ def heartbeat(session: Session, table: JobTable, identity: uuid.UUID, attempt: i
 def finish(session: Session, table: JobTable, identity: uuid.UUID, attempt: int, **values: Any) -> bool:
     """The one way to succeed. False: somebody else ended the job; roll back whatever belongs to it."""
     extra: list[ColumnElement[bool]] = [Run.cancel_requested_at.is_(None)] if table is Run else []
+    if table is Upload:
+        _lock_collection(session, table, identity, key_share=True)
     return _changed(
         session,
         update(table)
         .where(table.id == identity, table.attempt == attempt, table.state == "running", *extra)
-        .values(state="succeeded", progress=1.0, lease_until=None, finished_at=func.now(), **values),
+        .values(state="succeeded", progress=1.0, lease_until=None, finished_at=func.clock_timestamp(), **values),
     )
+
+
+def _lock_collection(session: Session, table: JobTable, identity: uuid.UUID, **how: bool) -> None:
+    """Let the start of a run and the end of an upload take turns until the commit, at `clock_timestamp()`.
+
+    `now()` is when a transaction began: by it, an upload could end before a run starts that does not see it yet.
+    """
+    of_job = select(table.collection_id).where(table.id == identity).scalar_subquery()
+    session.execute(select(Collection.id).where(Collection.id == of_job).with_for_update(**how))
 
 
 def fail(

@@ -10,7 +10,8 @@ from sqlalchemy import text
 
 from app.db.session import open_session
 from app.db.tables import Run, Upload
-from app.services import collections, jobs, runs, uploads
+from app.services import collections, jobs, ledger, runs, uploads
+from app.services.ledger import NewImage
 from app.services.parameters import Parameters
 from app.services.uploads import ReceivedPart
 
@@ -201,6 +202,40 @@ def test_uploads_of_a_collection_take_turns():
         assert jobs.finish(session, Upload, first.id, 1)
         assert jobs.claim(session, Upload, second.id) is not None
         session.commit()
+
+
+def test_every_attempt_sees_the_same_images_whatever_ends_while_a_run_starts():
+    run_id = queued_run()
+    with open_session() as session:
+        collection_id = runs.get(session, run_id).collection_id
+        upload = uploads.create(session, uuid.uuid4(), collection_id, [ReceivedPart(filename="a", bytes=1)])
+        assert jobs.claim(session, Upload, upload.id) is not None
+        image = NewImage(id=uuid.uuid4(), sha256="a" * 64, filename="a.png", bytes=1, width=1, height=1, format="PNG")
+        ledger.add(session, collection_id, upload.id, [image], [])
+        session.commit()
+    seen = []
+
+    def start() -> None:
+        with open_session() as session:
+            run = jobs.claim(session, Run, run_id)
+            assert run is not None
+            seen.append(runs.trainer_images(session, run))
+            session.commit()
+
+    with open_session() as finishing:
+        assert jobs.finish(finishing, Upload, upload.id, 1)
+        starting = threading.Thread(target=start)
+        starting.start()
+        starting.join(timeout=0.5)
+        finishing.commit()
+        starting.join()
+    with open_session() as session:
+        assert jobs.release(session, Run, run_id, 1)
+        session.commit()
+    start()
+    first, second = seen
+    assert len(first) == 1
+    assert first == second
 
 
 STEPS = st.lists(
