@@ -113,7 +113,7 @@ class Client:
     def cluster(self, payload: Payload, fields: dict[str, str], sent: Callable[[int], None]) -> dict[str, Any]:
         """Send the one-shot request; `sent` hears how many bytes have left. The new run."""
         # A service that refuses an upload closes the connection, and we would still be sending.
-        self.get("/v1/collections", limit=1)
+        self._json("POST", "/v1/parameters", json={name: value for name, value in fields.items() if name != "name"})
         boundary = f"kindred-{uuid.uuid4().hex}"
         head = io.BytesIO()
         for name, value in fields.items():

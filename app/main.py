@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from app.access import Rates
 from app.api import clusters, collections, health, images, keys, labels, problems, runs, uploads
 from app.api.body_limit import BodyLimit
+from app.api.head import HeadAsGet
 from app.api.observe import Observe
 from app.config import settings
 from app.headers import SecurityHeaders
@@ -32,5 +33,6 @@ def create_app() -> FastAPI:
     pages.install(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Observe)
     return app

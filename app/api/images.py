@@ -1,13 +1,14 @@
 import uuid
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from app import storage
 from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
 from app.api.problems import responses
+from app.api.replay import not_modified
 from app.errors import not_found
 from app.headers import attachment, image_name
 from app.services import images
@@ -22,14 +23,13 @@ _IMMUTABLE = "private, max-age=31536000, immutable"
     response_class=FileResponse,
     responses={200: {"content": {"image/jpeg": {}}}, **responses(404, 422)},
 )
-def get_thumbnail(image_id: uuid.UUID, session: DatabaseSession) -> FileResponse:
+def get_thumbnail(image_id: uuid.UUID, request: Request, session: DatabaseSession) -> Response:
     """A small JPEG, encoded anew and without metadata."""
     image = images.get(session, image_id)
-    return FileResponse(
-        _there(image_id, storage.thumbnail(image.collection_id, image.sha256)),
-        media_type="image/jpeg",
-        headers={"Cache-Control": _IMMUTABLE},
+    answer = FileResponse(
+        _there(image_id, storage.thumbnail(image.collection_id, image.sha256)), media_type="image/jpeg"
     )
+    return not_modified(request, answer, image.sha256, caching=_IMMUTABLE) or answer
 
 
 @router.get(

@@ -166,7 +166,7 @@ def _methods(request: Request) -> list[str]:
     for route in _flat(request.app.routes):
         if route.matches(request.scope)[0] is not Match.NONE:
             found |= route.methods or set()
-    return sorted(found)
+    return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 def _flat(routes: Sequence[BaseRoute]) -> Iterator[Route]:

@@ -17,10 +17,13 @@ def stream_digest(request: Request) -> str:
     return digest(request.method, request.url.path, request.headers.get("content-length", ""))
 
 
-def not_modified(request: Request, response: Response, tag: str) -> Response | None:
+_REVALIDATE = "private, max-age=0, must-revalidate"
+
+
+def not_modified(request: Request, response: Response, tag: str, caching: str = _REVALIDATE) -> Response | None:
     """Set `ETag`; a 304 when the client has this version. Results never change: a name is enough."""
     quoted = f'"{tag}"'
-    headers = {"ETag": quoted, "Cache-Control": "private, max-age=0, must-revalidate"}
+    headers = {"ETag": quoted, "Cache-Control": caching}
     response.headers.update(headers)
     known = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
     if quoted in known or "*" in known:

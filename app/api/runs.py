@@ -54,6 +54,13 @@ def create_run(
     return answer
 
 
+@router.post("/parameters", responses=responses(400, 413, 422))
+def check_parameters(parameters: Parameters, session: DatabaseSession) -> Parameters:
+    """What a run would be asked to do, without starting one: to hear before a long upload what is wrong with it."""
+    runs.check(session, parameters)
+    return parameters
+
+
 @router.get("/collections/{collection_id}/runs", responses=responses(404, 422))
 def list_runs(
     collection_id: uuid.UUID, session: DatabaseSession, limit: Limit = 50, cursor: Cursor = None

@@ -97,13 +97,15 @@ def finish(session: Session, table: JobTable, identity: uuid.UUID, attempt: int,
     )
 
 
-def _lock_collection(session: Session, table: JobTable, identity: uuid.UUID, **how: bool) -> None:
+def _lock_collection(
+    session: Session, table: JobTable, identity: uuid.UUID, *, read: bool = False, key_share: bool = False
+) -> None:
     """Let the start of a run and the end of an upload take turns until the commit, at `clock_timestamp()`.
 
     `now()` is when a transaction began: by it, an upload could end before a run starts that does not see it yet.
     """
     of_job = select(table.collection_id).where(table.id == identity).scalar_subquery()
-    session.execute(select(Collection.id).where(Collection.id == of_job).with_for_update(**how))
+    session.execute(select(Collection.id).where(Collection.id == of_job).with_for_update(read=read, key_share=key_share))
 
 
 def fail(

@@ -276,9 +276,39 @@ def test_a_path_that_is_nothing_and_a_wrong_method(api: TestClient):
     assert_problem(api.get("/v1/nothing"), 404, "no-such-page")
     answer = api.put("/v1/collections")
     body = assert_problem(answer, 405, "method-not-allowed")
-    assert answer.headers["allow"] == "GET, POST"
-    assert body["detail"] == "/v1/collections answers to GET, POST alone, not to PUT."
-    assert api.put("/").headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
+    assert body["detail"] == "/v1/collections answers to GET, HEAD, POST alone, not to PUT."
+    assert api.put("/").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/healthz", "/v1/collections", "/openapi.json", "/static/style.css", "/v1/nothing"]
+)
+def test_head_is_answered_as_get_without_the_body(api: TestClient, path: str):
+    head, get = api.head(path), api.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    asked = ("content-type", "content-length", "cache-control", "content-security-policy")
+    assert {name: head.headers.get(name) for name in asked} == {name: get.headers.get(name) for name in asked}
+
+
+def test_head_of_a_stream_ends(api: TestClient):
+    run = api.post("/v1/cluster", files={"file": archive()}, data={"clusters": "2"}).json()
+    answer = api.head(run["links"]["events"])
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+def test_parameters_are_asked_about_before_anything_is_sent(api: TestClient):
+    answer = api.post("/v1/parameters", json={"clusters": "auto", "method": "simclr", "weights": "random"})
+    body = assert_problem(answer, 422, "invalid-input")
+    assert [error["field"] for error in body["errors"]] == ["weights"]
+    answer = api.post("/v1/parameters", json={"clusters": 2, "weights": "none.safetensors"})
+    assert_problem(answer, 422, "weights-not-found")
+    answer = api.post("/v1/parameters", json={"clusters": "3"})
+    assert answer.status_code == 200
+    assert (answer.json()["clusters"], answer.json()["backbone"]) == (3, "efficientnet_lite0")
+    assert rows("runs") == 0
 
 
 def test_a_body_that_is_no_json_is_said_to_be_none(api: TestClient):
@@ -318,6 +348,7 @@ def test_every_route_of_the_contract_is_documented(api: TestClient):
     paths = api.get("/openapi.json").json()["paths"]
     for path in (
         "/v1/cluster",
+        "/v1/parameters",
         "/v1/collections",
         "/v1/collections/{collection_id}",
         "/v1/collections/{collection_id}/uploads",

@@ -72,6 +72,9 @@ def test_a_thumbnail_keeps_nothing_that_the_file_said_of_itself(api: TestClient)
     served = Image.open(io.BytesIO(answer.content))
     assert served.getexif() == {}
     assert not {"exif", "comment", "xmp", "icc_profile", "photoshop"} & served.info.keys()
+    again = api.get(f"/v1/images/{image['id']}/thumbnail", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["cache-control"] == answer.headers["cache-control"] == "private, max-age=31536000, immutable"
     # The file itself is given back as it came.
     assert api.get(f"/v1/images/{image['id']}/original").content == sent
 

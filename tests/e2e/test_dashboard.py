@@ -176,8 +176,37 @@ def test_a_combination_that_cannot_be_is_refused_in_words(page: Page):
     page.locator("#files").set_input_files(archive(two_kinds(4)))
     page.get_by_text("More settings").click()
     page.get_by_label("Weights").select_option("random")
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
     page.get_by_role("button", name="Upload and group").click()
     expect(page.get_by_role("alert").first).to_contain_text("a head needs a pretrained backbone")
+    assert [url.rpartition("/")[2] for url in sent] == ["parameters"]  # and not one picture
+    page.get_by_label("Weights").select_option("")
+    page.get_by_role("spinbutton", name="Clusters").fill("2")
+    page.get_by_role("button", name="Upload and group").click()
+    page.wait_for_url(re.compile(r"/runs/"))
+
+
+def test_images_are_added_to_a_collection_on_its_page(page: Page):
+    made = page.request.post("/v1/collections", data={"name": "Grows"}).json()
+    page.goto(f"/collections/{made['id']}")
+    page.locator("#files").set_input_files(archive({"notes.txt": b"no picture"}))
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator(".why")).to_contain_text("holds no picture that can be read", timeout=WORK_MS)
+    expect(page.locator("#images")).to_have_text("0 images")
+
+    page.get_by_role("heading", name="Add images").click()
+    page.locator("#files").set_input_files(archive(two_kinds(4)))
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#images")).to_have_text("4 images", timeout=WORK_MS)
+    expect(page.get_by_role("heading", name="Start a run on these images")).to_be_visible(timeout=WORK_MS)
+
+    page.get_by_role("heading", name="Add images").click()
+    page.locator("#files").set_input_files(archive(two_kinds(6)))
+    page.get_by_role("button", name="Upload").click()
+    expect(page.locator("#images")).to_have_text("6 images", timeout=WORK_MS)
+    expect(page.locator("main")).not_to_have_attribute("data-open", re.compile(""), timeout=WORK_MS)
+    expect(page.get_by_role("link", name="4 duplicate")).to_be_visible()
 
 
 def test_what_is_wrong_in_a_closed_part_of_the_form_is_shown(page: Page):

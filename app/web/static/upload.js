@@ -1,9 +1,10 @@
-// The drop zone: images, a folder or an archive in, progress while they are sent, then the run's page.
+// The drop zone: images, a folder or an archive in, progress while they are sent, then the page of what became of them.
+// The form says where it is sent, `data-check` where its parameters are asked about first, `data-then` what follows.
 
-import { detailOf, show } from './api.js';
-import { fieldsOf } from './fields.js';
+import { call, detailOf, show } from './api.js';
+import { fieldsOf, parametersOf } from './fields.js';
 
-const form = document.getElementById('new-run');
+const form = document.getElementById('upload');
 const zone = document.getElementById('drop');
 const chosen = document.getElementById('chosen');
 const problem = form.querySelector('.problem');
@@ -24,6 +25,8 @@ function choose(found) {
   const what = found.length === 1 ? found[0].name : `${found.length.toLocaleString('en')} files`;
   chosen.textContent = found.length ? `${what}, ${sizeOf(bytes)}` : 'There were no files in it.';
   zone.classList.toggle('full', found.length > 0);
+  const closed = zone.closest('details:not([open])');
+  if (closed) closed.open = true;
   show(problem, '');
 }
 
@@ -93,20 +96,36 @@ function isSending(now) {
   spoken.textContent = now ? 'Uploading' : '';
 }
 
-form.addEventListener('submit', (event) => {
+form.addEventListener('submit', async (event) => {
   event.preventDefault();
   if (!files.length) {
     show(problem, 'Choose images or an archive first.');
     document.getElementById('files').focus();
     return;
   }
+  show(problem, '');
+  submit.disabled = true;
+  try {
+    await check();
+  } catch (error) {
+    show(problem, error.message);
+    return;
+  } finally {
+    submit.disabled = false;
+  }
   const body = new FormData();
   for (const [name, value] of fieldsOf(form)) body.append(name, value);
   for (const { file, name } of files) body.append('file', file, name);
-  show(problem, '');
   isSending(true);
   send(body);
 });
+
+// Before the first byte: a refusal in the middle of a long upload may not even be heard.
+async function check() {
+  if (!form.dataset.check) return;
+  const { name, ...parameters } = parametersOf(form);
+  await call('POST', form.dataset.check, parameters);
+}
 
 function send(body) {
   const request = new XMLHttpRequest();
@@ -125,7 +144,8 @@ function send(body) {
   request.addEventListener('load', () => {
     if (request.status === 202) {
       sending.hidden = true;
-      location.assign(`/runs/${JSON.parse(request.responseText).id}`);
+      const then = form.dataset.then;
+      location.assign(then.endsWith('/') ? then + JSON.parse(request.responseText).id : then);
     } else {
       fail(detailOf(request.status, request.responseText));
     }
