@@ -223,7 +223,8 @@ def _cluster(client: Client, payload: Payload, fields: dict[str, Any], output: P
             f"{number:,} {suffix or 'without a suffix'}" for suffix, number in Counter(payload.skipped).items()
         )
         read = " ".join(sorted(IMAGE_SUFFIXES))
-        messages.print(f"Not sent: {escape(kinds)}. Images are told by their names: {read}", highlight=False)
+        phones = " Save HEIC as JPEG first." if {".heic", ".heif"} & set(payload.skipped) else ""
+        messages.print(f"Not sent: {escape(kinds)}. Images are told by their names: {read}.{phones}", highlight=False)
     with Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),

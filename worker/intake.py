@@ -23,6 +23,7 @@ from worker.archives import (
     Reader,
     entries,
     is_archive,
+    is_heif,
     is_picture,
 )
 from worker.decode import NOT_AN_IMAGE
@@ -193,11 +194,19 @@ class Intake:
             raise ArchiveError("too-large", f"Unpacked, the upload has more than {whole} bytes.")
 
 
+HEIC_NOT_READ = (
+    "It is a HEIC or AVIF picture, as phones take them, which is not read; save it as JPEG and send that: phones and "
+    "photo programs do so when they export."
+)
+
+
 def _no_picture(head: bytes) -> tuple[str, str]:
     if not head:
         return "empty-file", "It is empty."
     if is_archive(head):
         return NESTED.code, NESTED.reason
+    if is_heif(head):
+        return "heic-not-read", HEIC_NOT_READ
     return "not-an-image", NOT_AN_IMAGE
 
 

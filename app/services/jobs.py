@@ -105,7 +105,9 @@ def _lock_collection(
     `now()` is when a transaction began: by it, an upload could end before a run starts that does not see it yet.
     """
     of_job = select(table.collection_id).where(table.id == identity).scalar_subquery()
-    session.execute(select(Collection.id).where(Collection.id == of_job).with_for_update(read=read, key_share=key_share))
+    session.execute(
+        select(Collection.id).where(Collection.id == of_job).with_for_update(read=read, key_share=key_share)
+    )
 
 
 def fail(

@@ -29,6 +29,7 @@ def test_every_file_gets_its_row():
                         "__MACOSX/x": b"",
                         "../up.png": picture(3),
                         "inner.zip": b"PK",
+                        "IMG_1.HEIC": b"\0\0\0\x24ftypheic\0\0\0\0mif1heic",
                     }
                 ),
             )
@@ -44,8 +45,9 @@ def test_every_file_gets_its_row():
         ("text again.jpg", "rejected", "not-an-image"),
         ("up.png", "rejected", "unsafe-name"),
         ("inner.zip", "rejected", "archive-in-archive"),
+        ("IMG_1.HEIC", "rejected", "heic-not-read"),
     ]
-    assert (upload.received, upload.accepted, upload.duplicate, upload.rejected, upload.ignored) == (8, 1, 1, 6, 1)
+    assert (upload.received, upload.accepted, upload.duplicate, upload.rejected, upload.ignored) == (9, 1, 1, 7, 1)
     assert_files_match_rows()
 
 
