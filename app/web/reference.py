@@ -22,7 +22,8 @@ def docs(request: Request) -> HTMLResponse:
             "summary": operation["summary"],
             "description": operation.get("description", ""),
             "parameters": [
-                {**parameter, "kind": _kind(parameter["schema"])} for parameter in operation.get("parameters", [])
+                {**parameter, "kind": _kind(parameter["schema"]), "default": parameter["schema"].get("default")}
+                for parameter in operation.get("parameters", [])
             ],
             "fields": _fields(operation, schemas),
             "answers": operation["responses"],
@@ -48,16 +49,24 @@ def _fields(operation: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str
         schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
         required = schema.get("required", [])
         for name, field in schema.get("properties", {}).items():
-            about = field.get("description", "")
-            found.append({"name": name, "kind": _kind(field), "required": name in required, "description": about})
+            about = {"description": field.get("description", ""), "default": field.get("default")}
+            found.append({"name": name, "kind": _kind(field), "required": name in required, **about})
     return found
 
 
 def _kind(field: dict[str, Any]) -> str:
     if "anyOf" in field:
-        return " or ".join(_kind(choice) for choice in field["anyOf"])
+        return " or ".join(_kind(choice) for choice in field["anyOf"] if choice.get("type") != "null")
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     if "const" in field:
         return str(field["const"])
-    return str(field.get("format") or field.get("type", "any"))
+    if field.get("type") == "array":
+        return f"{_kind(field['items'])}, one or more"
+    return str(field.get("format") or field.get("type", "any")) + _limits(field)
+
+
+def _limits(field: dict[str, Any]) -> str:
+    if "minimum" in field and "maximum" in field:
+        return f", {int(field['minimum']):,} to {int(field['maximum']):,}"
+    return f", up to {field['maxLength']} characters" if "maxLength" in field else ""

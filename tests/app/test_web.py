@@ -17,7 +17,6 @@ from app.db.tables import Collection, Image, Run, Upload, UploadFile
 from app.main import create_app
 from app.services import collections, results
 from app.services.parameters import TRAIN_OF_METHOD
-from app.web import wording
 from app.web.guard import comes_from_here
 from app.web.pages import JOBS_A_PAGE
 from tests.pictures import picture, zip_of
@@ -393,25 +392,3 @@ def test_a_foreign_form_uploads_and_deletes_nothing(api: TestClient):
 def test_an_origin_needs_a_host_to_be_compared_with():
     assert not comes_from_here(Headers({"origin": ""}))
     assert not comes_from_here(Headers({"origin": "null"}))
-
-
-@pytest.mark.parametrize(
-    ("share", "words"),
-    [(0, "0%"), (0.001, "<1%"), (0.5, "50%"), (0.9949, "99%"), (0.9975, ">99%"), (1, "100%")],
-)
-def test_a_share_is_not_rounded_to_all_or_nothing(share: float, words: str):
-    assert wording.percent(share) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.04, "0.0 s"), (12.4, "12 s"), (59.7, "1 min 0 s"), (67, "1 min 7 s"), (7325, "2 h 2 min")]
-)
-def test_durations(seconds: float, words: str):
-    assert wording.duration(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("bytes_", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (21_250_062, "21 MB"), (5e12, "5000 GB")]
-)
-def test_file_sizes(bytes_: int, words: str):
-    assert wording.filesize(bytes_) == words

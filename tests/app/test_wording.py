@@ -1,0 +1,27 @@
+"""How the pages say figures."""
+
+import pytest
+
+from app.web import wording
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0, "0%"), (0.001, "<1%"), (0.5, "50%"), (0.9949, "99%"), (0.9975, ">99%"), (1, "100%")],
+)
+def test_a_share_is_not_rounded_to_all_or_nothing(share: float, words: str):
+    assert wording.percent(share) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.04, "0.0 s"), (12.4, "12 s"), (59.7, "1 min 0 s"), (67, "1 min 7 s"), (7325, "2 h 2 min")]
+)
+def test_durations(seconds: float, words: str):
+    assert wording.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (21_250_062, "21 MB"), (5e12, "5000 GB")]
+)
+def test_file_sizes(bytes_: int, words: str):
+    assert wording.filesize(bytes_) == words
