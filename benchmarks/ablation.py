@@ -1,7 +1,9 @@
 """What each term of SCL is worth: `python -m benchmarks.ablation --data ZIP ZIP … --seeds 3`.
 
 Every row switches one thing, on the same frozen features and seeds; the last column is the mean ACC over the archives
-minus that of the full method. Restarts answer together in every row but the last.
+minus that of the full method. Restarts answer together in every row but that of a single one. The last rows tell what
+training is worth beside the directions in which images are compared, the starts and the choice among them: heads that
+are not trained at all, and the baselines in the same directions.
 """
 
 import argparse
@@ -20,15 +22,48 @@ from models.config import METHODS
 from models.heads import HeadConfig
 from models.metrics import quality
 from models.progress import finish
+from models.train import HEADS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     config: HeadConfig = field(default_factory=HeadConfig)
     restarts: int = METHODS["scl"]["head"].restarts
+    epochs: int = METHODS["scl"]["head"].epochs
+
+    def group(self, features_NF: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+        steps = heads.train(
+            features_NF,
+            clusters=clusters,
+            epochs=self.epochs,
+            restarts=self.restarts,
+            seed=seed,
+            config=self.config,
+        )
+        return finish(steps).assignment.labels_N
 
 
-VARIANTS = {
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A baseline in the directions in which SCL's heads compare images, or on the features as they are."""
+
+    method: str
+    same_directions: bool = True
+
+    def group(self, features_NF: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+        if self.same_directions:
+            config = HeadConfig()
+            sample_S = heads.draw(len(features_NF), config.sample, seed=seed)
+            axes = heads.directions(features_NF, sample_S, clusters=clusters, config=config)
+            features_NF = axes.project(features_NF).numpy()
+        usual = METHODS[self.method]["head"]
+        steps = HEADS[self.method](
+            features_NF, clusters=clusters, epochs=usual.epochs, restarts=usual.restarts, seed=seed
+        )
+        return finish(steps).assignment.labels_N
+
+
+VARIANTS: dict[str, Variant | Baseline] = {
     "full": Variant(),
     "instance contrast only": Variant(config=HeadConfig(contrast="instance", consistency=False)),
     "+ semantic contrast": Variant(config=HeadConfig(contrast="semantic", consistency=False)),
@@ -41,6 +76,11 @@ VARIANTS = {
     "assigned by similarity": Variant(config=HeadConfig(rule="similarity")),
     "assigned by boundary": Variant(config=HeadConfig(rule="boundary")),
     "a single restart": Variant(restarts=1),
+    "not trained": Variant(epochs=0),
+    "k-means": Baseline(method="kmeans", same_directions=False),
+    "k-means, same directions": Baseline(method="kmeans"),
+    "TEMI, same directions": Baseline(method="temi"),
+    "SCAN, same directions": Baseline(method="scan"),
 }
 
 
@@ -49,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", type=Selection.parse, nargs="+", required=True, metavar="ZIP", help="ZIP, ZIP:N or ZIP:N:skewed"
     )
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -56,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(" | ".join(["variant", *(f"{selection.name}: ACC, NMI, ARI" for selection in options.data), "mean ACC"]))
     whole = None
     for name, variant in VARIANTS.items():
+        if name not in options.only:
+            continue
         cells, means = [], []
         for features_NF, truth in sets:
             found = [score(features_NF, truth, variant, seed) for seed in range(options.seeds)]
@@ -75,16 +118,8 @@ def features(selection: Selection) -> tuple[np.ndarray, list[str]]:
         return frozen_features(sources), truth
 
 
-def score(features_NF: np.ndarray, truth: Sequence[str], variant: Variant, seed: int) -> dict[str, float]:
-    steps = heads.train(
-        features_NF,
-        clusters=len(set(truth)),
-        epochs=METHODS["scl"]["head"].epochs,
-        restarts=variant.restarts,
-        seed=seed,
-        config=variant.config,
-    )
-    return quality(truth, finish(steps).assignment.labels_N)
+def score(features_NF: np.ndarray, truth: Sequence[str], variant: Variant | Baseline, seed: int) -> dict[str, float]:
+    return quality(truth, variant.group(features_NF, len(set(truth)), seed))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Training the backbone at an equal budget: `python -m benchmarks.full --data cifar10.zip:10000 --epochs 12`.
 
 SCL, SimCLR with k-means on either of its feature layers, and CC train the same network on the same images, views and
-steps. Two runs go side by side, a thread each; on a GPU they share the cores. Prints ACC, NMI and ARI as mean ± sd over
-the seeds, and with `--figure FILE` draws how ACC rose with the epochs. With `--pretrained` the backbone starts from its
-own weights, and a line for the heads on it as it was, `head`, stands beside what the training made of it.
+steps. SCL's heads on the features of the others tell what its training is worth from what its answer is. Two runs go
+side by side, a thread each; on a GPU they share the cores. Prints ACC, NMI and ARI as mean ± sd over the seeds, and
+with `--figure FILE` draws how ACC rose with the epochs. With `--pretrained` the backbone starts from its own weights,
+and a line for the heads on it as it was, `head`, stands beside what the training made of it.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from joblib import cpu_count
 from benchmarks.archives import Selection, unpack
 from benchmarks.children import processes
 from benchmarks.quality import spread
-from models import pixels
+from models import heads, pixels, space
 from models.baselines import kmeans
 from models.config import METHODS
 from models.full import Training
@@ -125,8 +126,8 @@ def run(
 
     trained_s = trained_cpu_s = 0.0
     if pretrained:
-        head = training.objective.answer(training.features(), seed=seed, restarts=RESTARTS)
-        found("head", epochs, head.assignment.labels_N)
+        on_it = training.objective.answer(training.features(), seed=seed, restarts=RESTARTS)
+        found("head", epochs, on_it.assignment.labels_N)
     seen, started, started_cpu = 0, time.perf_counter(), time.process_time()
     for step in training.run():
         epoch = step.done // training.steps
@@ -143,13 +144,19 @@ def run(
 
 
 def answers(method: str, objective: Objective, features_NF: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The method's grouping; of SimCLR k-means on each of its layers."""
-    if method != "simclr":
-        return {method: objective.answer(features_NF, seed=seed, restarts=RESTARTS).assignment.labels_N}
+    """The method's grouping; of SimCLR k-means on each of its layers; of both others SCL's heads on their features."""
     found = {}
-    for name, x_ND in objective.layers(features_NF).items():
-        steps = kmeans.train(x_ND, clusters=objective.clusters, epochs=300, restarts=10, seed=seed)
-        found[f"simclr, k-means on {name}"] = finish(steps).assignment.labels_N
+    if method == "simclr":
+        for name, x_ND in objective.layers(features_NF).items():
+            steps = kmeans.train(x_ND, clusters=objective.clusters, epochs=300, restarts=10, seed=seed)
+            found[f"simclr, k-means on {name}"] = finish(steps).assignment.labels_N
+    else:
+        found[method] = objective.answer(features_NF, seed=seed, restarts=RESTARTS).assignment.labels_N
+    if method != "scl":
+        own = heads.train(
+            space.unit(features_NF), clusters=objective.clusters, epochs=heads.EPOCHS, restarts=RESTARTS, seed=seed
+        )
+        found[f"{method}, heads on features"] = finish(own).assignment.labels_N
     return found
 
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="the official files, or their archive")
     parser.add_argument("--scaled", action="store_true", help="a part of the images, for two CPU cores")
     parser.add_argument(
-        "--methods", nargs="+", default=["scl", "simclr", "cc", "pica", "kmeans"], choices=list(METHODS)
+        "--methods", nargs="+", default=["scl", "simclr", "cc", "pica", "kmeans_pixels"], choices=list(METHODS)
     )
     parser.add_argument("--train", choices=["head", "full"], help="default: full for the methods that can, else head")
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")

@@ -31,6 +31,9 @@ from models.fit import Fit, agreement, seed_of
 from models.limits import check_below_one, check_positive
 from models.progress import Step
 
+# Products of probabilities are no smaller: below, the slope of their power has no number.
+LEAST = 1e-30
+
 
 @dataclass(frozen=True, kw_only=True)
 class TemiConfig:
@@ -211,7 +214,7 @@ def temi_loss(said_HPK: Tensor, taught_HPK: Tensor, mean_H1K: Tensor, *, beta: f
     # Pairs on which the teachers of all heads agree are more likely of one class.
     weight_B = (taught[0] * taught[1]).sum(dim=2).mean(dim=0)
     crossed = [
-        -(((s_HBK * t_HBK) ** beta) / mean_H1K).sum(dim=2).log()
+        -(((s_HBK * t_HBK).clamp_min(LEAST) ** beta) / mean_H1K).sum(dim=2).log()
         for s_HBK, t_HBK in zip(said, taught[::-1], strict=True)
     ]
     return (weight_B * (crossed[0] + crossed[1]) / 2).mean(dim=1)

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from benchmarks import full, quality
+from benchmarks import ablation, full, quality
 from benchmarks.archives import Selection, unpack
 from tests.pictures import two_kinds
 
@@ -71,13 +71,24 @@ def test_quality_prints_a_row_for_every_method(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_ablation_tells_training_from_what_stands_before_it(tmp_path, capsys):
+    archive = small_archive(tmp_path, 24)
+    rows = ["full", "not trained", "k-means", "TEMI, same directions"]
+    ablation.main(["--data", str(archive), "--only", *rows, "--seeds", "1"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["variant", *rows]
+    assert lines[1][1:] == ["1.000 ± 0.000, 1.000, 1.000", "1.000 (+0.000)"]
+    assert lines[3][1:] == ["1.000 ± 0.000, 1.000, 1.000", "1.000 (+0.000)"]
+
+
+@pytest.mark.slow
 def test_full_compares_methods_at_an_equal_budget(tmp_path, capsys):
     archive = small_archive(tmp_path, 24)
     record, figure = tmp_path / "record.jsonl", tmp_path / "curve.png"
     options = ["--epochs", "4", "--seeds", "1", "--methods", "scl", "simclr", "--record", str(record)]
     full.main(["--data", str(archive), *options, "--figure", str(figure)])
     rows = [json.loads(line) for line in record.read_text().splitlines()]
-    methods = ["scl", "simclr, k-means on features", "simclr, k-means on projection"]
+    methods = ["scl", "simclr, heads on features", "simclr, k-means on features", "simclr, k-means on projection"]
     assert sorted({row["method"] for row in rows}) == methods
     assert sorted({row["epoch"] for row in rows}) == [1, 2, 3, 4]
     assert all(0 <= row["acc"] <= 1 for row in rows)
