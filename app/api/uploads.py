@@ -1,6 +1,6 @@
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -23,6 +23,7 @@ from app.db.tables import IdempotencyKey
 from app.errors import Invalid
 from app.services import collections, idempotency, quotas, runs, uploads
 from app.services.parameters import Parameters
+from app.services.uploads import ReceivedPart
 
 router = APIRouter(prefix="/v1", tags=["uploads"], route_class=GuardedRoute)
 
@@ -107,7 +108,7 @@ async def cluster(request: Request, caller: CallerOf, key: IdempotencyKeyHeader 
     def create(session: Session, received: Received) -> RunOut:
         # HTML forms send what is left empty as an empty string.
         fields = {name: value for name, value in received.fields.items() if value != ""}
-        name = fields.pop("name", None) or _name_of(received.parts[0].filename)
+        name = fields.pop("name", None) or _name_of(received.parts)
         try:
             new = NewCollection(name=name)
             parameters = Parameters.model_validate(fields)
@@ -120,9 +121,14 @@ async def cluster(request: Request, caller: CallerOf, key: IdempotencyKeyHeader 
     return await _receive_and_store(request, caller, key, check, create)
 
 
-def _name_of(filename: str) -> str:
-    """For a collection: the folder that its first file lies in, or that file's own name without an archive's suffix."""
-    folder, within, _ = filename.lstrip("/").partition("/")
+def _name_of(parts: Sequence[ReceivedPart]) -> str:
+    """For a collection: the folder that its first file lies in, or that file's own name without an archive's suffix.
+
+    Loose pictures are so many images: the first one's name says nothing of the others.
+    """
+    folder, within, _ = parts[0].filename.lstrip("/").partition("/")
+    if not within and len(parts) > 1 and not _ARCHIVE_SUFFIX.search(folder):
+        return f"{len(parts)} images"
     name = folder if within else _ARCHIVE_SUFFIX.sub("", folder)
     return "".join(filter(is_shown, name)).strip()[:200] or "images"
 

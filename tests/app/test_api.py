@@ -339,6 +339,12 @@ def test_a_collection_is_called_after_the_folder_or_the_archive(api: TestClient,
     assert api.get(answer.json()["links"]["collection"]).json()["name"] == name
 
 
+def test_a_collection_of_loose_pictures_says_how_many(api: TestClient):
+    files = [("file", (f"{n}.png", picture(n))) for n in range(3)]
+    answer = api.post("/v1/cluster", files=files, data={"clusters": "2"})
+    assert api.get(answer.json()["links"]["collection"]).json()["name"] == "3 images"
+
+
 def test_health_and_readiness(api: TestClient):
     assert api.get("/healthz").json() == {"status": "ok"}
     assert api.get("/readyz").json() == {"status": "ok", "broker": "ok"}

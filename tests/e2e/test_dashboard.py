@@ -129,7 +129,7 @@ def test_a_dropped_folder_keeps_its_names(page: Page, service: str):
         """() => {
             const file = (name) => ({ isFile: true, fullPath: `/pets/${name}`,
                 file: (resolve) => resolve(new File(['x'.repeat(1000)], name)) });
-            const batches = [[file('a.png')], [file('b.png')], []];
+            const batches = [[file('a.png')], [file('ü'.repeat(90) + '😀.png')], []];
             const readEntries = (resolve) => resolve(batches.shift());
             const folder = { isFile: false, createReader: () => ({ readEntries }) };
             const event = new Event('drop', { bubbles: true, cancelable: true });
@@ -145,6 +145,24 @@ def test_a_dropped_folder_keeps_its_names(page: Page, service: str):
     expect(page.get_by_role("heading", name="This run has failed")).to_be_visible(timeout=WORK_MS)
     page.get_by_role("link", name="What became of each uploaded file").click()
     expect(page.locator(".ledger")).to_contain_text("pets/a.png")
+    expect(page.locator(".ledger")).to_contain_text(f"pets/{'ü' * 90}😀.png")
+
+
+def test_loose_pictures_and_archives_go_together(page: Page):
+    pictures = [
+        {"name": f"{n} ö.png", "mimeType": "image/png", "buffer": picture(n, size=(50 + n, 40))} for n in range(5)
+    ]
+    submit(page, [*pictures, *archive(two_kinds(4))], name="")
+    page.wait_for_url(re.compile(r"/runs/"))
+    run = page.request.get(page.url.replace("/runs/", "/v1/runs/")).json()
+    expect(page.locator(".card")).to_have_count(2, timeout=WORK_MS)
+    collection = page.request.get(run["links"]["collection"]).json()
+    assert (collection["name"], collection["images"]) == ("5 images", 9)
+    found = page.request.get(collection["links"]["images"]).json()["items"]
+    sent = {image["filename"]: image for image in found}
+    assert {file["name"] for file in pictures} <= set(sent)
+    original = page.request.get(sent["3 ö.png"]["links"]["original"]).body()
+    assert original == pictures[3]["buffer"]
 
 
 def test_the_number_of_clusters_and_the_network_are_left_to_kindred_or_not(page: Page):

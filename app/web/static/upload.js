@@ -3,6 +3,7 @@
 
 import { call, detailOf, show } from './api.js';
 import { fieldsOf, parametersOf } from './fields.js';
+import { tarOf } from './tar.js';
 
 const form = document.getElementById('upload');
 const zone = document.getElementById('drop');
@@ -115,10 +116,24 @@ form.addEventListener('submit', async (event) => {
   }
   const body = new FormData();
   for (const [name, value] of fieldsOf(form)) body.append(name, value);
-  for (const { file, name } of files) body.append('file', file, name);
+  for (const [content, name] of partsOf(files)) body.append('file', content, name);
   isSending(true);
   send(body);
 });
+
+// Archives as they are, all else in one: named after the folder that it lies in.
+function partsOf(found) {
+  if (found.length === 1) return [[found[0].file, found[0].name]];
+  const isArchive = ({ name }) => /\.(zip|tar|tgz|tar\.gz)$/i.test(name);
+  const others = found.filter((each) => !isArchive(each));
+  const parts = found.filter(isArchive).map(({ file, name }) => [file, name]);
+  if (others.length) {
+    const folders = new Set(others.map(({ name }) => (name.includes('/') ? name.split('/')[0] : '')));
+    const [folder] = folders;
+    parts.unshift([tarOf(others), `${folders.size === 1 && folder ? folder : `${others.length} images`}.tar`]);
+  }
+  return parts;
+}
 
 // Before the first byte: a refusal in the middle of a long upload may not even be heard.
 async function check() {
@@ -153,8 +168,14 @@ function send(body) {
   request.addEventListener('error', () => fail(stop.disabled
     ? 'The connection broke before the answer came. The collections tell whether it was taken in.'
     : 'The connection broke while sending. Nothing was kept; please try again.'));
-  request.addEventListener('abort', () => fail('Stopped. Nothing was kept.'));
-  stop.onclick = () => request.abort();
+  let stopped = false;
+  request.addEventListener('abort', () => fail(stopped
+    ? 'Stopped. Nothing was kept.'
+    : 'The browser gave up sending. Nothing was kept; please send an archive (zip, tar, tar.gz).'));
+  stop.onclick = () => {
+    stopped = true;
+    request.abort();
+  };
   request.open('POST', form.action);
   request.send(body);
 }
