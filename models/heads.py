@@ -114,12 +114,21 @@ def train(
     if device == "cpu":
         # Groups are as large on every machine: a restart's last bits depend on where in memory it lies.
         at_once, workers = max(1, min(TOGETHER, at_once // WORKERS)), min(WORKERS, cpu_count())
+    half, stay = epochs // 2, staying(restarts)
+    start_s, epoch_s = costs_s(len(z_SD), clusters, config)
+    start = max(1, round(start_s / epoch_s))  # of a restart, in epochs
+    done, total = 0, restarts * (start + half) + stay * (epochs - half)
+    yield Step(done=0, total=total)
+    found, x_SD = [], z_SD.cpu().numpy()
+    for some in space.blocks(restarts, max(WORKERS, cpu_count())):
+        found.append(starts.several(x_SD, clusters, seeds=seeds[some], most=config.start_images))
+        done += start * len(found[-1])
+        yield Step(done=done, total=total)
+    centres_RKD = torch.from_numpy(np.concatenate(found)).to(device)
     groups = [
-        Heads(z_SD, neighbours_SM, clusters=clusters, seeds=seeds[some], config=config)
+        Heads(z_SD, neighbours_SM, centres_RKD=centres_RKD[some], seeds=seeds[some], config=config)
         for some in space.blocks(restarts, at_once)
     ]
-    half, stay = epochs // 2, staying(restarts)
-    done, total = 0, restarts * half + stay * (epochs - half)
     with ThreadPoolExecutor(workers, thread_name_prefix="heads") as pool:
         for begin, end in ((0, half), (half, epochs)):
             for some in space.blocks(len(groups), workers):
@@ -145,12 +154,7 @@ def train(
         images_each=config.drawn(len(z_SD), clusters) / clusters,
         config=config,
     )
-    neighbours_NM = neighbours_SM
-    if len(z_SD) < len(z_ND):
-        # An image of the sample that finds itself among its neighbours has one vote in some more.
-        found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), neighbours_SM.shape[1], device=device)
-        found_NM = np.where(found_NM < 0, found_NM[:, :1].clip(min=0), found_NM)
-        neighbours_NM = torch.from_numpy(found_NM).to(device)
+    neighbours_NM = neighbours_SM if len(z_SD) == len(z_ND) else voters(z_SD, z_ND, neighbours_SM.shape[1])
     assignment = committee.answer(z_ND, neighbours_NM)
     for _ in range(REFILLS):
         if not committee.refill(assignment.labels_N[sample_S.cpu().numpy()]):
@@ -172,6 +176,12 @@ def train(
     )
 
 
+def voters(z_SD: Tensor, z_ND: Tensor, count: int) -> Tensor:
+    """The neighbours in the sample of every image, (N, M); one of the sample finds itself, a vote in some more."""
+    found_NM = space.search(z_SD.cpu().numpy(), z_ND.cpu().numpy(), count, device=str(z_SD.device))
+    return torch.from_numpy(np.where(found_NM < 0, found_NM[:, :1].clip(min=0), found_NM)).to(z_SD.device)
+
+
 class Heads:
     """Projections, decision boundaries and memories of some restarts, which are trained side by side."""
 
@@ -180,7 +190,7 @@ class Heads:
         z_SD: Tensor,
         neighbours_SM: Tensor,
         *,
-        clusters: int,
+        centres_RKD: Tensor,
         seeds: list[int],
         config: HeadConfig,
     ) -> None:
@@ -189,8 +199,7 @@ class Heads:
         self.each_R1 = torch.arange(len(seeds), device=z_SD.device)[:, None]
         # Projections start as the identity: what the backbone knows is kept, not learnt again.
         self.projection_RDD = torch.eye(z_SD.shape[1], device=z_SD.device).repeat(len(seeds), 1, 1).requires_grad_()
-        found_RKD = starts.several(z_SD.cpu().numpy(), clusters, seeds=seeds, most=config.start_images)
-        self.centres_RKD = torch.from_numpy(found_RKD).to(z_SD.device).requires_grad_()
+        self.centres_RKD = centres_RKD.clone().requires_grad_()
         self.adam = Adam(self.parameters)
         self.refresh()
         self.mean_RK = self.memory_RSK.mean(dim=1)
@@ -373,6 +382,12 @@ def keep_best(groups: list[Heads], stay: int, pool: ThreadPoolExecutor) -> list[
 def staying(restarts: int) -> int:
     """Of how many restarts the heads go on after half of the epochs and answer."""
     return max(min(restarts, FEW), round(restarts / 3))
+
+
+def costs_s(images: int, clusters: int, config: HeadConfig) -> tuple[float, float]:
+    """Rough seconds of a core for a restart's start, and for an epoch of it: they only shape the progress bar."""
+    pieces, seen = starts.sizes(images, clusters, most=config.start_images)
+    return 7e-7 * seen * pieces, config.drawn(images, clusters) / config.batch * (0.003 + 8e-5 * clusters)
 
 
 def draw(images: int, most: int, *, seed: int) -> Tensor:

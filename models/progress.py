@@ -46,9 +46,14 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.reached = 0.0
 
-    def follow(self, stage: str, steps: Generator[Step, None, Result]) -> Generator[Progress, None, Result]:
-        """Pass on the steps of a stage as progress of the whole; returns what the stage returns."""
-        started = time.monotonic()
+    def follow(
+        self, stage: str, steps: Generator[Step, None, Result], *, ready: bool = False
+    ) -> Generator[Progress, None, Result]:
+        """Pass on the steps of a stage as progress of the whole; returns what the stage returns.
+
+        With `ready` what the first step has done lay there already, and costs nothing.
+        """
+        started, first = time.monotonic(), 0
         try:
             while True:
                 try:
@@ -57,13 +62,16 @@ class Clock:
                     self.seconds[stage] = round(time.monotonic() - started, 3)
                     result: Result = end.value
                     return result
-                yield self.progress(stage, step)
+                if ready:
+                    ready, first = False, step.done
+                    self.expected_s[stage] *= 1 - step.done / max(step.total, 1)
+                yield self.progress(stage, step, first)
         finally:
             steps.close()
 
-    def progress(self, stage: str, step: Step) -> Progress:
+    def progress(self, stage: str, step: Step, first: int = 0) -> Progress:
         past_s = sum(self.expected_s[name] for name in self.seconds)
-        now_s = self.expected_s[stage] * step.done / max(step.total, 1)
+        now_s = self.expected_s[stage] * (step.done - first) / max(step.total - first, 1)
         fraction = (past_s + now_s) / sum(self.expected_s.values())
         self.reached = max(self.reached, min(fraction, 1.0))
         return Progress(stage=stage, done=step.done, total=step.total, fraction=self.reached, details=step.details)

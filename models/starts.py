@@ -34,8 +34,7 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int, most: int | None = No
             all images are.
 
     """
-    pieces = max(clusters, min(PIECES * clusters, len(x_ND) // IMAGES_PER_PIECE, MOST_PIECES))
-    seen = len(x_ND) if most is None else min(len(x_ND), max(most, SEEN_PER_PIECE * pieces))
+    pieces, seen = sizes(len(x_ND), clusters, most=most)
     if seen < len(x_ND):
         x_ND = x_ND[np.sort(np.random.default_rng(seed).choice(len(x_ND), seen, replace=False))]
     found = space.k_means(x_ND, pieces, rounds=ROUNDS, seed=seed)
@@ -48,6 +47,12 @@ def centres(x_ND: np.ndarray, clusters: int, *, seed: int, most: int | None = No
     weight_KP = (np.eye(clusters)[group_P].T * size_P).astype(np.float32)
     merged_KD: np.ndarray = weight_KP @ centre_PD / weight_KP.sum(axis=1, keepdims=True)
     return merged_KD
+
+
+def sizes(images: int, clusters: int, *, most: int | None) -> tuple[int, int]:
+    """How many pieces a start merges, and how many images it looks at."""
+    pieces = max(clusters, min(PIECES * clusters, images // IMAGES_PER_PIECE, MOST_PIECES))
+    return pieces, images if most is None else min(images, max(most, SEEN_PER_PIECE * pieces))
 
 
 def several(x_ND: np.ndarray, clusters: int, *, seeds: Sequence[int], most: int | None = None) -> np.ndarray:

@@ -204,7 +204,7 @@ class _Job:
             threads=self.threads,
             device=self.device,
         )
-        return (yield from self.clock.follow("features", extraction))
+        return (yield from self.clock.follow("features", extraction, ready=True))
 
     def pixels(self, image_size: int) -> Generator[Step, None, np.ndarray]:
         return pixels.gather(self.sources, image_size=image_size, cache_dir=self.cache_dir, threads=self.threads)
@@ -263,8 +263,12 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     clusters = 20 if config.clusters == "auto" else config.clusters
     squares = images * (config.image_size / 224) ** 2
     k_means_s = 10 * images * (0.0001 + 5e-6 * clusters)
-    steps = max(1, min(images, max(2048, 64 * clusters)) / 256)
-    training_s = epochs * restarts * steps * 0.003 if config.method in ("scl", "temi", "scan") else k_means_s
+    training_s = k_means_s
+    if config.method == "scl":
+        start_s, epoch_s = heads.costs_s(images, clusters, heads.HeadConfig())
+        training_s = images * 3e-5 + restarts / 2 * (start_s + epochs * 2 / 3 * epoch_s)
+    elif config.method in ("temi", "scan"):
+        training_s = epochs * restarts * max(1, min(images, max(2048, 64 * clusters)) / 256) * 0.003
     if config.train == "full":
         training_s = epochs * squares * 0.05
     pixels_s = squares * 0.002 if config.train == "full" or config.method == "kmeans_pixels" else 0.0
