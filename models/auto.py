@@ -208,32 +208,26 @@ def judge(heard: list[Evidence], *, most: int, sample_images: int) -> Estimate:
         ballots=ballots,
         clarity=clarity,
         steady=max((t.clusters for t in sweep if t.reproduced > STEADY and t.clusters >= STEADY_LEAST), default=None),
-        rejected=reject(chosen, ballots, clarity, sweep),
+        rejected=reject(chosen, ballots, clarity, most=len(sweep) + 1),
         sweep=sweep,
         sample_images=sample_images,
         samples=len(heard),
     )
 
 
-def reject(chosen: int, ballots: dict[str, list[int]], clarity: float, sweep: list[Trial]) -> list[Rejected]:
-    """The numbers beside the chosen one, those named most often, and what speaks against them."""
-    row = {trial.clusters: trial for trial in sweep}
+def reject(chosen: int, ballots: dict[str, list[int]], clarity: float, *, most: int) -> list[Rejected]:
+    """The numbers beside the chosen one, those named most often, and why they were not taken."""
     samples = len(ballots["eigengap"])
     favourites = {max(set(ballot), key=lambda number: (ballot.count(number), -number)) for ballot in ballots.values()}
     rejected = []
     for clusters in sorted(({chosen - 1, chosen + 1} | favourites) - {chosen}):
-        if clusters not in row:
+        if not 2 <= clusters <= most:
             continue
         named = [f"{name} in {ballot.count(clusters)}" for name, ballot in ballots.items() if clusters in ballot]
         why = f"named by {' and '.join(named)} of {samples} samples" if named else "named by no witness"
-        if clarity == 1 and named:
-            why += f", but the eigengap after {chosen} stands out"
-        figures = [
-            f"{name} {getattr(row[clusters], name):.3f} against {getattr(row[chosen], name):.3f}"
-            for name in ballots
-            if chosen in row
-        ]
-        rejected.append(Rejected(clusters=clusters, why="; ".join([why, ", ".join(figures)])))
+        if named:
+            why += f"; the eigengap after {chosen} stands out" if clarity == 1 else f"; the mean of all is {chosen}"
+        rejected.append(Rejected(clusters=clusters, why=why))
     return rejected
 
 

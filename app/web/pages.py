@@ -44,7 +44,7 @@ def install(app: FastAPI) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """A run, and the upload that it still waits for."""
+    """A run, and the upload whose images it still waits for."""
 
     row: Run
     upload: Upload | None
@@ -191,5 +191,5 @@ def cluster(
 
 
 def _view(session: Session, row: Run) -> RunView:
-    waits = row.state == "queued" and row.upload_id is not None
-    return RunView(row=row, upload=uploads.get(session, row.upload_id) if waits and row.upload_id else None)
+    upload = uploads.get(session, row.upload_id) if row.state == "queued" and row.upload_id else None
+    return RunView(row=row, upload=upload if upload and upload.state in collections.OPEN_STATES else None)

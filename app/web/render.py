@@ -30,7 +30,7 @@ def _environment() -> Environment:
     )
     for filter_ in (
         wording.ago, wording.agreement, wording.clarity, wording.count, wording.duration, wording.filesize,
-        wording.moment, wording.percent, wording.stage, wording.time_left,
+        wording.moment, wording.percent, wording.stage, wording.time_left, wording.vote, wording.why_not,
     ):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     environment.globals |= {

@@ -34,6 +34,8 @@ CRITERIA = {
     "reproduced": "How alike are the groups of two halves",
     "height": "How unlike are groups that would merge",
 }
+
+
 OUTCOMES = {"accepted": "Accepted", "duplicate": "Duplicate", "rejected": "Rejected"}
 
 # By the least adjusted Rand index that they hold for.
@@ -75,6 +77,18 @@ def clarity(share: float) -> str:
     if share >= 0.75:
         return "The groups lie clearly apart"
     return "The groups lie apart, but not all of them" if share > 0 else "No number stands out: take this as a proposal"
+
+
+def why_not(reason: str) -> str:
+    """Why a number of clusters was not taken, with what was measured in words."""
+    for name, words in CRITERIA.items():
+        reason = reason.replace(name, f"“{words}”")
+    return reason.replace("named by no witness", "none of the three says so").replace("named by", "said by")
+
+
+def vote(number: float) -> str:
+    """A mean of whole numbers, rounded to none of them."""
+    return f"{number:.1f}".removesuffix(".0")
 
 
 def duration(seconds: float) -> str:

@@ -25,3 +25,13 @@ def test_durations(seconds: float, words: str):
 )
 def test_file_sizes(bytes_: int, words: str):
     assert wording.filesize(bytes_) == words
+
+
+def test_why_a_number_was_not_taken_is_said_in_words():
+    said = wording.why_not("named by eigengap in 3 and reproduced in 2 of 5 samples; the mean of all is 8")
+    assert said == (
+        "said by “How far groups of neighbours lie apart” in 3 and “How alike are the groups of two halves” in 2 "
+        "of 5 samples; the mean of all is 8"
+    )
+    assert wording.why_not("named by no witness") == "none of the three says so"
+    assert [wording.vote(number) for number in (7.0, 6.89)] == ["7", "6.9"]
