@@ -292,7 +292,7 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
         f"{counts['rejected']} rejected, {counts['ignored']} ignored"
     )
     if counts["duplicate"] or counts["rejected"]:
-        console.print(f"ledger: {client.server}{upload['links']['files_csv']}")
+        console.print(f"ledger: {client.server}{upload['links']['files_csv']}", soft_wrap=True)
     metrics = run["metrics"] or {}
     quality, baseline, restarts = metrics.get("quality"), metrics.get("baseline") or {}, metrics.get("restarts") or {}
     if run["parameters"]["clusters"] == "auto":
@@ -300,7 +300,9 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
         other = (
             f"; up to {steady} come out nearly alike from either half" if steady not in (None, run["clusters"]) else ""
         )
-        console.print(f"clusters found: {run['clusters']}{other}; why: {client.server}{run['links']['report']}")
+        console.print(
+            f"clusters found: {run['clusters']}{other}; why: {client.server}{run['links']['report']}", soft_wrap=True
+        )
     if quality:
         console.print(_quality(run["parameters"]["method"], quality))
     if baseline.get("quality"):

@@ -1,8 +1,11 @@
 """Tables to save: out of the database at its speed, out of the service at the client's, at constant memory."""
 
+import codecs
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import Annotated
 
+from fastapi import Query
 from fastapi.responses import StreamingResponse
 
 from app import storage
@@ -10,11 +13,17 @@ from app.errors import StorageFull
 from app.headers import attachment
 
 CSV = "text/csv; charset=utf-8"
+Bom = Annotated[bool, Query(description="Begin with a byte order mark: by it Excel knows that the text is UTF-8.")]
 _BLOCK = 256 * 1024
 
 
 def download(
-    blocks: Generator[bytes], filename: str, media_type: str, headers: dict[str, str] | None = None
+    blocks: Generator[bytes],
+    filename: str,
+    media_type: str,
+    headers: dict[str, str] | None = None,
+    *,
+    bom: bool = False,
 ) -> StreamingResponse:
     """All of it is written down before the first byte is sent.
 
@@ -25,6 +34,7 @@ def download(
     try:
         # Closed at once, or a COPY that goes on would keep the session from closing.
         with closing(blocks):
+            file.write(codecs.BOM_UTF8 if bom else b"")
             for block in blocks:
                 file.write(block)
         size = file.tell()

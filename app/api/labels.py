@@ -7,7 +7,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from app import storage
 from app.access import GuardedRoute
 from app.api.deps import DatabaseSession
-from app.api.download import CSV, download
+from app.api.download import CSV, Bom, download
 from app.api.problems import responses
 from app.api.replay import not_modified
 from app.errors import NotFound
@@ -23,11 +23,13 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "The clie
     response_class=StreamingResponse,
     responses={200: {"content": {"text/csv": {}}}, **_NOT_MODIFIED, **responses(404, 409, 422, 507)},
 )
-def get_labels_csv(run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession) -> Response:
+def get_labels_csv(
+    run_id: uuid.UUID, request: Request, response: Response, session: DatabaseSession, *, bom: Bom = False
+) -> Response:
     """Every image's label, a row each."""
     runs.get_succeeded(session, run_id)
-    return not_modified(request, response, f"{run_id}-csv") or download(
-        results.labels_csv(session, run_id), f"labels-{run_id}.csv", CSV, _kept(response)
+    return not_modified(request, response, f"{run_id}-csv{'-bom' if bom else ''}") or download(
+        results.labels_csv(session, run_id), f"labels-{run_id}.csv", CSV, _kept(response), bom=bom
     )
 
 

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from app import queue
 from app.access import Caller, GuardedRoute
 from app.api.deps import CallerOf, Cursor, DatabaseSession, IdempotencyKeyHeader, Limit
-from app.api.download import CSV, download
+from app.api.download import CSV, Bom, download
 from app.api.problems import responses
 from app.api.receive import Received, receive
 from app.api.replay import stream_digest
@@ -204,7 +204,7 @@ def list_upload_files(
     response_class=StreamingResponse,
     responses={200: {"content": {"text/csv": {}}}, **responses(404, 422, 507)},
 )
-def get_upload_files_csv(upload_id: uuid.UUID, session: DatabaseSession) -> StreamingResponse:
+def get_upload_files_csv(upload_id: uuid.UUID, session: DatabaseSession, *, bom: Bom = False) -> StreamingResponse:
     """The whole ledger."""
     uploads.get(session, upload_id)
-    return download(uploads.ledger_csv(session, upload_id), f"ledger-{upload_id}.csv", CSV)
+    return download(uploads.ledger_csv(session, upload_id), f"ledger-{upload_id}.csv", CSV, bom=bom)

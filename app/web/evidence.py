@@ -62,6 +62,23 @@ class Sizes:
     largest: int
     smallest: int
     bars: list[Bar]
+    left_out: int  # that are not drawn
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], greatest: int) -> "Sizes":
+        """Those of clusters, largest first, drawn so that `greatest` fills the height."""
+        shown = sizes[:_MOST_BARS]
+        step = WIDTH / len(shown)
+        bars = [
+            Bar(
+                x=step * place,
+                y=BAR_HEIGHT * (1 - size / greatest),
+                width=step * 0.8,
+                height=BAR_HEIGHT * size / greatest,
+            )
+            for place, size in enumerate(shown)
+        ]
+        return cls(largest=sizes[0], smallest=sizes[-1], bars=bars, left_out=len(sizes) - len(shown))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +158,9 @@ def comparison(metrics: Mapping[str, Any]) -> Comparison | None:
     greatest = max(ours[0], theirs[0])
     return Comparison(
         agreement=baseline.get("agreement"),
-        ours=Sizes(largest=ours[0], smallest=ours[-1], bars=_bars(ours, greatest)),
-        baseline=Sizes(largest=theirs[0], smallest=theirs[-1], bars=_bars(theirs, greatest)),
+        ours=Sizes.of(ours, greatest),
+        baseline=Sizes.of(theirs, greatest),
     )
-
-
-def _bars(sizes: Sequence[int], greatest: int) -> list[Bar]:
-    step = WIDTH / min(len(sizes), _MOST_BARS)
-    return [
-        Bar(x=step * place, y=BAR_HEIGHT * (1 - size / greatest), width=step * 0.8, height=BAR_HEIGHT * size / greatest)
-        for place, size in enumerate(sizes[:_MOST_BARS])
-    ]
 
 
 def levels(metrics: Mapping[str, Any]) -> list[Level]:

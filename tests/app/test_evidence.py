@@ -172,6 +172,8 @@ def test_bars_of_both_groupings_share_one_scale():
     assert found is not None
     heights = [bar.height / evidence.BAR_HEIGHT for sizes in (found.ours, found.baseline) for bar in sizes.bars]
     assert heights == pytest.approx([1, 0.25, 0.75, 0.5])
+    many = evidence.Sizes.of(range(100, 0, -1), greatest=100)
+    assert (len(many.bars), many.left_out, many.smallest) == (64, 36, 1)
 
 
 def test_levels_are_those_of_the_tree_itself():

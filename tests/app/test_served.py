@@ -212,6 +212,16 @@ def test_names_are_no_formulas_in_csv_and_exact_in_json(api: TestClient):
     assert [row["filename"] for row in exact] == names
 
 
+def test_a_table_may_begin_so_that_excel_knows_its_letters(api: TestClient):
+    run = finished_run(metrics=METRICS)
+    for path in (f"/v1/runs/{run.id}/labels.csv", f"/v1/uploads/{run.upload_id}/files.csv"):
+        plain, marked = api.get(path), api.get(path, params={"bom": "true"})
+        assert marked.content == b"\xef\xbb\xbf" + plain.content
+        assert int(marked.headers["content-length"]) == len(marked.content)
+        assert plain.headers.get("etag") != marked.headers.get("etag") or "etag" not in plain.headers
+        assert f"{path}?bom=true" in api.get(path.replace("/v1", "").rpartition("/")[0], headers=PAGE).text
+
+
 def test_every_answer_says_what_a_browser_may_do_with_it(api: TestClient):
     run = finished_run(metrics=METRICS)
     storage.levels(run.id).parent.mkdir(parents=True)

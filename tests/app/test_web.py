@@ -62,7 +62,8 @@ def finished_run(*, images: int = 5, state: str = "succeeded", name: str = HOSTI
         parameters = {"clusters": 2, "method": "scl", "seed": 0, "truth": "folder", "image_size": 224}
         run = Run(
             id=uuid.uuid4(), collection_id=collection.id, upload_id=upload.id, parameters=parameters, state=state,
-            created_at=now, started_at=now, finished_at=now + timedelta(seconds=3),
+            created_at=now, started_at=now,
+            finished_at=None if state in collections.OPEN_STATES else now + timedelta(seconds=3),
             **values,
         )  # fmt: skip
         session.add(run)

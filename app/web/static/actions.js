@@ -14,6 +14,7 @@ async function attempt(button, problem, work) {
     show(problem, error.message);
     button.disabled = false;
     button.textContent = label;
+    button.focus(); // which it lost when it was disabled
   }
 }
 
