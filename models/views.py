@@ -1,9 +1,10 @@
 """Augmented views of images, made for a whole batch at once on the device that trains.
 
-Letters in shapes: B batch, H and W pixels, C colours, T tries. Crops are those of SimCLR (Chen et al. 2020,
-appendix A). Its colour changes are all linear in a pixel's colours, so they are multiplied into one 3x3 matrix an
-image: the pixels are read once, and colours are cut to their range once at the end instead of after each change.
-Hue is turned in YIQ, where it is linear too, instead of in HSV.
+Letters in shapes: B batch, H and W pixels, C colours, T tries. Crops are drawn as SimCLR's (Chen et al. 2020,
+appendix A), but from 0.2 of the picture on, as in the public code of SCAN and PICA, in place of 0.08. Its colour
+changes are all linear in a pixel's colours, so they are multiplied into one 3x3 matrix an image: the pixels are read
+once, and colours are cut to their range once at the end instead of after each change. Hue is turned in YIQ, where it
+is linear too, instead of in HSV.
 """
 
 import math

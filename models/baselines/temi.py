@@ -6,7 +6,7 @@ README's command): weighted pointwise mutual information with beta 0.6, weights 
 pairs out of 50 nearest neighbours, 16 heads, both temperatures 0.1, running mean of the assignment 0.9, AdamW
 with weight decay 1e-4 on the weights, last layer fixed in the first epoch, teachers answer.
 
-Adapted to small collections on a CPU, chosen on CIFAR-10: the public code takes 4,900 steps of 1,024 pairs at a
+Adapted to small collections on a CPU, chosen on CIFAR-10: the public code takes 4,800 steps of 1,024 pairs at a
 learning rate of 4e-4, with a teacher momentum of 0.996. Here some hundred steps of 128 pairs have to do, so the rate
 is 5e-3 and falls to 0, and the teacher follows faster. Features are centred, rotated to their 128 main axes and scaled
 to unit length, and the layers are 128 and 64 wide (public: raw or standardised features, 512 and 256).
