@@ -3,9 +3,9 @@
 After Van Gansbeke, Vandenhende, Georgoulis, Proesmans and Van Gool, "SCAN: Learning to Classify Images without
 Labels", ECCV 2020, with the settings of its public code (wvangansbeke/Unsupervised-Classification): as in its
 ImageNet settings the clustering step trains 10 linear heads on a frozen backbone with 50 neighbours and entropy
-weight 5, and the head and epoch of the lowest loss on the collection (a sample of it, where it is large), both terms alike, go on. As in its CIFAR-10
-settings self-labelling takes images whose likeliest cluster has more than 0.99, in batches of 1,000 and with the
-clusters balanced, and lasts four times as many epochs as the clustering.
+weight 5, and the head and epoch of the lowest loss on the collection (a sample of it, where it is large), both terms
+alike, go on. As in its CIFAR-10 settings self-labelling takes images whose likeliest cluster has more than 0.99, in
+batches of 1,000 and with the clusters balanced, and lasts four times as many epochs as the clustering.
 
 Adapted to frozen features, chosen on CIFAR-10: neighbours are those of the backbone and not of a pretext network,
 features are standardised, and dropout of half of them stands in for the strong augmentations of the second step.

@@ -24,7 +24,7 @@ BLOCK = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class SimclrConfig:
-    """The paper's settings for CIFAR-10 (its appendix B.9) but for the optimiser and the crops, which are the engine's."""
+    """The paper's settings for CIFAR-10 (its appendix B.9) but for optimiser and crops, which are the engine's."""
 
     dimensions: int = 128
     temperature: float = 0.5
