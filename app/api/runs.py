@@ -57,7 +57,7 @@ def create_run(
 @router.post("/parameters", responses=responses(400, 413, 422))
 def check_parameters(parameters: Parameters, session: DatabaseSession) -> Parameters:
     """What a run would be asked to do, without starting one: to hear before a long upload what is wrong with it."""
-    runs.check(session, parameters)
+    runs.check(session, tenant_of(session), parameters)
     return parameters
 
 

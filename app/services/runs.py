@@ -7,7 +7,6 @@ from typing import Any, Literal
 from sqlalchemy import case, func, select, true, update
 from sqlalchemy.orm import Session, aliased
 
-from app.db.session import tenant_of
 from app.db.tables import TERMINAL_STATES, Collection, Image, Run, Upload
 from app.errors import Conflict, Invalid, not_found
 from app.services import collections, images, pages, quotas
@@ -22,8 +21,8 @@ def create(
     after_upload: uuid.UUID | None = None,
 ) -> Run:
     """Queue a run. With `after_upload` it starts when that upload is done; else the images must be there."""
-    collections.lock(session, collection_id)
-    check(session, parameters)
+    collection = collections.lock(session, collection_id)
+    check(session, collection.tenant_id, parameters)
     if after_upload is None:
         _check_ready(session, collection_id, parameters.clusters)
     run = Run(
@@ -38,10 +37,10 @@ def create(
     return run
 
 
-def check(session: Session, parameters: Parameters) -> None:
-    """Raise `Invalid` or `TooMany` where whoever asks cannot have such a run, whatever it would be over."""
+def check(session: Session, tenant_id: uuid.UUID, parameters: Parameters) -> None:
+    """Raise `Invalid` or `TooMany` where a tenant cannot have such a run, whatever it would be over."""
     check_weights(parameters.weights)
-    quotas.check_queue(session, tenant_of(session))
+    quotas.check_queue(session, tenant_id)
 
 
 def _check_ready(session: Session, collection_id: uuid.UUID, clusters: int | Literal["auto"]) -> None:

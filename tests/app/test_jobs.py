@@ -2,6 +2,7 @@
 
 import threading
 import uuid
+from datetime import timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -73,6 +74,7 @@ def test_an_attempt_that_lost_its_lease_can_change_nothing():
         assert not jobs.heartbeat(session, Run, run_id, 1, progress=0.5)
         assert not jobs.finish(session, Run, run_id, 1)
         assert not jobs.fail(session, Run, run_id, 1, {"code": "x", "detail": "x"})
+        assert not jobs.end_cancelled(session, run_id, 1)
         assert jobs.heartbeat(session, Run, run_id, 2, progress=0.25)
         assert jobs.finish(session, Run, run_id, 2)
         session.commit()
@@ -94,6 +96,32 @@ def test_three_lost_attempts_fail_the_run():
     assert run.problem is not None
     assert run.problem["code"] == "worker_lost"
     assert "3 times" in run.problem["detail"]
+
+
+def test_a_run_that_was_to_stop_is_cancelled_even_when_it_is_lost_for_the_last_time():
+    run_id = queued_run()
+    with open_session() as session:
+        run = jobs.claim(session, Run, run_id)
+        assert run is not None
+        run.lost_attempts = 2
+        runs.cancel(session, run_id)
+        session.commit()
+    let_lease_run_out(run_id)
+    with open_session() as session:
+        assert jobs.requeue_lost(session, Run) == [run_id]
+        session.commit()
+    run = read(run_id)
+    assert (run.state, run.lost_attempts, run.problem) == ("cancelled", 3, None)
+
+
+def test_what_waits_longest_is_rung_for_first():
+    made = [queued_run() for _ in range(3)]
+    with open_session() as session:
+        for hours, run_id in zip((2, 3, 1), made, strict=True):
+            runs.get(session, run_id).created_at -= timedelta(hours=hours)
+        session.commit()
+        assert jobs.waiting(session, Run, 10.0) == [made[1], made[0], made[2]]
+        assert jobs.waiting(session, Run, 10.0, limit=1) == [made[1]]
 
 
 def test_a_lost_job_whose_row_is_locked_keeps_the_others_not_waiting():

@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from app import storage
 from app.config import settings
 from app.db.session import open_session
 from app.headers import HEADERS, attachment, image_name
 from app.main import create_app
-from app.services import collections, tabular
+from app.services import collections, results, tabular
 from app.services.collections import remove
 from app.services.results import labels_csv, labels_json
 from benchmarks.export import written
@@ -298,6 +299,25 @@ def test_a_table_whose_database_goes_away_is_a_problem(api: TestClient, monkeypa
         wait_for(lambda: terminated("COPY%pg_sleep(60)%"))
         assert_problem(answer.result(), 503, "database-away")
     assert api.get(path).content == whole
+
+
+def is_served(pid: int) -> bool:
+    with open_session() as session:
+        return session.scalar(text("SELECT true FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid}) is not None
+
+
+def test_a_request_that_the_database_gave_up_is_a_problem(api: TestClient, monkeypatch: pytest.MonkeyPatch):
+    """Of a transaction that did nothing for too long the server says so by an error of another kind."""
+    run = finished_run(metrics=METRICS)
+
+    def too_slow(session: Session, *_given: object) -> None:
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '1ms'"))
+        wait_for(lambda: not is_served(pid))
+        session.scalar(text("SELECT 1"))
+
+    monkeypatch.setattr(results, "clusters", too_slow)
+    assert_problem(api.get(f"/v1/runs/{run.id}/clusters"), 503, "database-away")
 
 
 def test_a_large_table_is_sent_in_small_blocks(database: None):

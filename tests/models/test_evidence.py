@@ -61,6 +61,13 @@ def test_collapse_and_empty_clusters_are_named():
     assert "98%" in metrics.warnings([98, 2, 0])[1]["message"]
 
 
+def test_a_balance_below_a_half_is_a_collapse():
+    assert metrics.balance([9, 1]) == pytest.approx(0.469, abs=1e-3)
+    assert [warning["code"] for warning in metrics.warnings([9, 1])] == ["collapse"]
+    assert metrics.balance([8, 1]) == pytest.approx(0.503, abs=1e-3)
+    assert metrics.warnings([8, 1]) == []
+
+
 def test_two_witnesses_by_hand():
     p_BK, q_BK = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[0.2, 0.5, 0.3]])
     found = assign(p_BK, q_BK)  # roots of the products 0.12, 0.15 and 0.03
@@ -142,6 +149,17 @@ def test_representatives_are_typical_diverse_and_never_twice():
     assert none == []
     assert len(chosen) == len(set(chosen)) == 12
     assert (np.diff(typicality_N[chosen]) <= 1e-6).all()
+
+
+def test_what_is_far_from_the_centre_shows_no_cluster():
+    # 80 images about one direction and 20 in directions of their own, which differ most from what is chosen.
+    x_ND = np.eye(21, dtype=np.float32)[[0] * 80 + list(range(1, 21))]
+    x_ND[:80] += np.random.default_rng(0).normal(scale=0.01, size=(80, 21))
+    labels_N = np.zeros(100, np.int64)
+    typicality_N = representatives.typicality(x_ND, labels_N, representatives.centres(x_ND, labels_N, 1))
+    (chosen,) = representatives.choose(x_ND, labels_N, typicality_N, 1)
+    assert len(chosen) == 12
+    assert max(chosen) < 80
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60))

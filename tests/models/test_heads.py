@@ -10,6 +10,7 @@ from sklearn.preprocessing import normalize
 
 from models import committee, heads, space, starts
 from models.committee import Committee
+from models.fit import seed_of
 from models.heads import HeadConfig
 from tests.models.conftest import finish
 
@@ -105,6 +106,46 @@ def test_every_switch_trains(blobs, config):
     assert adjusted_rand_score(class_N, fit.assignment.labels_N) > 0.9
 
 
+def untrained(features_NF, **settings):
+    """Two restarts before their first step, which remember what they say."""
+    together = group_of(features_NF, [0, 1], **settings)
+    return together, together.refresh()
+
+
+def group_of(features_NF, seeds, **settings):
+    z_SD = space.fit(features_NF, dimensions=12).project(features_NF)
+    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
+    centres_RKD = torch.from_numpy(starts.several(z_SD.numpy(), 6, seeds=seeds))
+    config = HeadConfig(dimensions=12, **settings)
+    return heads.Heads(z_SD, neighbours_SM, centres_RKD=centres_RKD, seeds=seeds, config=config)
+
+
+def test_the_loss_is_consistency_plus_the_weighted_contrast(mist):
+    rows_RB = torch.arange(64).repeat(2, 1)
+    told = {}
+    for weight in (0.0, 0.25):
+        together, x_RSD = untrained(mist, contrast_weight=weight)
+        weights_RBM = torch.stack([together.neighbour_weights(x_SD, rows_RB[0]) for x_SD in x_RSD])
+        told[weight] = together.step(rows_RB, weights_RBM, 0.01)
+    assert told[0.25]["contrast"].item() == told[0.0]["contrast"].item() > 0.1
+    expected = told[0.0]["loss"].item() + 0.25 * told[0.0]["contrast"].item()
+    assert told[0.25]["loss"].item() == pytest.approx(expected)
+
+
+def test_steps_become_smaller_along_half_a_cosine(blobs, monkeypatch):
+    features_NF, _ = blobs
+    rates, step = [], heads.Heads.step
+
+    def watched(self, rows_RB, weights_RBM, learning_rate):
+        rates.append(learning_rate)
+        return step(self, rows_RB, weights_RBM, learning_rate)
+
+    monkeypatch.setattr(heads.Heads, "step", watched)
+    train(features_NF, epochs=2, config=HeadConfig(batch=120, learning_rate=0.04))
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([0.04, 0.02 * (1 + half), 0.02, 0.02 * (1 - half)])
+
+
 def test_a_large_collection_is_sampled_in_every_epoch(blobs):
     # 240 images, 100 drawn an epoch: the memory of the others must follow the head.
     features_NF, class_N = blobs
@@ -145,14 +186,7 @@ def test_a_single_epoch_is_trained_by_those_that_start_best(blobs):
 @pytest.mark.parametrize("at_once", [6, 2])
 def test_a_restart_that_went_wrong_is_left_behind(blobs, at_once):
     features_NF, _ = blobs
-    z_SD = space.fit(features_NF, dimensions=12).project(features_NF)
-    neighbours_SM = torch.from_numpy(space.nearest(z_SD.numpy(), 5))
-    groups = []
-    for first in range(0, 6, at_once):
-        seeds = list(range(first, first + at_once))
-        centres_RKD = torch.from_numpy(starts.several(z_SD.numpy(), 6, seeds=seeds))
-        config = HeadConfig(dimensions=12)
-        groups.append(heads.Heads(z_SD, neighbours_SM, centres_RKD=centres_RKD, seeds=seeds, config=config))
+    groups = [group_of(features_NF, list(range(first, first + at_once))) for first in range(0, 6, at_once)]
     with torch.no_grad():
         groups[0].centres_RKD[1] = groups[0].centres_RKD[1, :1]  # all boundaries in one place
     right = torch.cat([each.centres_RKD.detach() for each in groups])[[0, 2, 3, 4, 5]]
@@ -221,6 +255,13 @@ def test_an_empty_cluster_gets_half_of_the_widest(blobs):
     assert not heads_together.refill(after_N)
 
 
+def test_every_cluster_that_was_asked_for_gets_images(blobs):
+    # Before empty clusters are filled, a quarter of them are empty.
+    features_NF, _ = blobs
+    _, fit = train(features_NF, clusters=20, epochs=2)
+    assert set(fit.assignment.labels_N) == set(range(20))
+
+
 def test_equal_images_cannot_fill_a_cluster():
     z_ND = torch.eye(4)[:2].repeat_interleave(10, dim=0)
     heads_together = Committee(
@@ -252,6 +293,14 @@ def test_starts_are_as_many_as_asked_and_means_of_their_groups():
     assert np.array_equal(found_KD, starts.centres(x_ND, 7, seed=0))
     np.testing.assert_allclose(starts.centres(x_ND, 1, seed=0)[0], x_ND.mean(axis=0), atol=1e-5)
     assert starts.centres(x_ND[:3], 3, seed=0).shape == (3, 5)
+
+
+def test_of_several_starts_the_nearest_to_the_images_is_taken():
+    x_ND = normalize(np.random.default_rng(0).normal(size=(400, 5))).astype(np.float32)
+    tried = starts.several(x_ND, 7, seeds=[seed_of(3, number) for number in range(5)])
+    nearness = [(x_ND @ normalize(centres_KD).T).max(axis=1).mean() for centres_KD in tried]
+    found_KD = starts.best_centres(x_ND, 7, seed=3, tries=5)
+    assert np.array_equal(found_KD, tried[np.argmax(nearness)])
 
 
 @pytest.mark.parametrize(

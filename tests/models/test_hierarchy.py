@@ -85,6 +85,14 @@ def test_leaves_are_few_and_none_is_tiny():
     assert 8 <= (tree.cluster_L == 0).sum() <= 21
 
 
+@pytest.mark.parametrize(("small", "sizes"), [(5, [20, 20, 5]), (4, [24, 20])])
+def test_a_part_of_less_than_five_images_goes_to_the_nearest(small, sizes):
+    kind_N = np.repeat([0, 1, 2], [20, 20, small])
+    part_N = hierarchy.split(directions(np.array([0, 120, 30])[kind_N]), 3, seed=0)
+    assert np.bincount(part_N).tolist() == sizes
+    assert (part_N[kind_N == 2] == (part_N[0] if small < 5 else 2)).all()
+
+
 @pytest.mark.parametrize("labels", [[0], [0, 1], [1, 1], [0, 0, 0, 3, 3, 1]])
 def test_tiny_and_gappy_groupings_have_a_tree(labels):
     labels_N = np.array(labels)

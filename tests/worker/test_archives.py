@@ -6,6 +6,7 @@ import os
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,13 @@ def test_too_many_files_are_counted_in_the_directory(tmp_path: Path):
     path = tmp_path / "part"
     path.write_bytes(zip_of({f"{n}.png": b"x" for n in range(11)} | {".junk": b""}))
     assert "holds 11 files; at most 10" in str(refusal(path, Limits(files=10, unpacked_bytes=10**9)))
+
+
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
+def test_as_many_files_as_are_allowed_are_read(tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes]):
+    path = tmp_path / "part"
+    path.write_bytes(pack({f"{n}.png": b"x" for n in range(10)}))
+    assert len(list(entries(path, "part.bin", Limits(files=10, unpacked_bytes=10**9)))) == 10
 
 
 def test_a_zip_that_says_it_is_a_bomb_is_refused_unread(tmp_path: Path):

@@ -3,6 +3,7 @@
 Every method and every kind of weights file is gone through in `tests/models`; here is what becomes of their errors.
 """
 
+import errno
 import hashlib
 import io
 import threading
@@ -108,6 +109,18 @@ def test_weights_that_went_away_since_they_were_named():
         "code": "weights-not-found",
         "detail": "There is no weights file 'net.pth' in the service's weights folder.",
     }
+
+
+def test_a_disk_without_room_for_a_run(monkeypatch: pytest.MonkeyPatch):
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open_session() as session:
+        run = Run(id=uuid.uuid4(), collection_id=collection_of(4), parameters={"clusters": 2})
+        session.add(run)
+        session.commit()
+    monkeypatch.setattr(storage, "atomic_write", full)
+    assert problem_of(run.id)["code"] == "storage-full"
 
 
 @pytest.mark.slow

@@ -133,6 +133,12 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     assert caught.value.code == "too-many-pixels"
 
 
+def test_as_many_pixels_as_are_allowed_are_read():
+    assert thumbnail(sample(1, size=(50, 40)), max_pixels=2000)[0]["width"] == 50
+    with pytest.raises(RejectedError, match="50 x 40 pixels; at most 1999"):
+        thumbnail(sample(1, size=(50, 40)), max_pixels=1999)
+
+
 def _png_header(width: int, height: int) -> bytes:
     import struct
     import zlib

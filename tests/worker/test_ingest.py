@@ -75,6 +75,27 @@ def test_sending_it_again_adds_no_image():
     assert_files_match_rows()
 
 
+def test_what_another_collection_has_is_no_duplicate():
+    content = zip_of(two_kinds(6))
+    run(queued(("a.zip", content)))
+    other = run(queued(("b.png", picture(100))))
+    second = run(queued(("a.zip", content), collection_id=other.collection_id))
+    assert (second.state, second.accepted, second.duplicate) == ("succeeded", 6, 0)
+    assert len(images()) == 13
+    assert_files_match_rows()
+
+
+def test_a_broken_file_that_comes_twice_is_rejected_twice():
+    cut = picture(1, size=(300, 200), encoding="JPEG")[:3000]
+    upload = run(queued(("a.zip", zip_of({"cut.jpg": cut, "again.jpg": cut, "good.png": picture(2)}))))
+    assert upload.state == "succeeded"
+    assert ledger(upload.id) == [
+        ("cut.jpg", "rejected", "truncated"),
+        ("again.jpg", "rejected", "truncated"),
+        ("good.png", "accepted", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "code"),
     [

@@ -84,17 +84,33 @@ def test_a_failed_upload_spares_the_images_of_the_ones_before():
     assert_files_match_rows()
 
 
+def leave_strangers(collection_id: uuid.UUID) -> None:
+    """Files without a row, as an attempt leaves them that is killed before its rows are there."""
+    for path in (storage.original, storage.thumbnail):
+        stranger = path(collection_id, "ab" * 32)
+        stranger.parent.mkdir(parents=True)
+        stranger.write_bytes(b"left")
+
+
 def test_files_that_an_attempt_left_without_rows_go_with_the_failed_upload():
     upload_id = queued(("a.zip", zip_of({"a.txt": b"a"})))
     with open_session() as session:
         upload = uploads.get(session, upload_id)
         upload.attempt = 1
         session.commit()
-    for path in (storage.original, storage.thumbnail):
-        stranger = path(upload.collection_id, "ab" * 32)
-        stranger.parent.mkdir(parents=True)
-        stranger.write_bytes(b"left")
+    leave_strangers(upload.collection_id)
     assert run(upload_id).state == "failed"
+    assert_files_match_rows()
+
+
+def test_files_that_lost_attempts_left_go_with_the_upload_that_is_given_up():
+    upload_id = queued(("a.zip", zip_of(two_kinds(2))))
+    with open_session() as session:
+        upload = uploads.get(session, upload_id)
+        upload.attempt = upload.lost_attempts = settings().max_attempts
+        session.commit()
+    leave_strangers(upload.collection_id)
+    assert run(upload_id).problem["code"] == "worker_lost"
     assert_files_match_rows()
 
 
