@@ -42,3 +42,9 @@ def test_a_form_of_very_many_fields(api: TestClient):
     fields = {f"field-{number}": "x" for number in range(101)}
     answer = api.post("/v1/cluster", files={"file": archive()}, data=fields)
     assert "at most 100 fields" in assert_problem(answer, 422, "too-many-fields")["detail"]
+
+
+def test_a_part_with_a_header_without_an_end(api: TestClient):
+    name = "x" * 5000
+    answer = api.post("/v1/cluster", files={"file": (name, archive()[1])}, data={"clusters": "2"})
+    assert "header" in assert_problem(answer, 422, "broken-multipart")["detail"]
