@@ -218,23 +218,26 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def deletion(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> Iterator[None]:
-    """Inside, the rows of a collection and of its runs go for good; at the end, their folders.
+def deletion(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> Iterator[list[Path]]:
+    """Inside, the rows of a collection and of its runs go for good; at the end, their folders are out of sight.
 
+    They are in the list that it gives, to be removed afterwards: that takes long where there are many files.
     What is to go is written down first: should this process end in between, a sweeper looks whether the rows are gone.
     Folders that no row names say nothing, since the rows may be in another database than the one that is asked.
     """
     plan = _root() / "deletions" / str(collection_id)
     with suppress(OSError), atomic_write(plan) as file:  # on a full disk, deleting is what makes room
         file.write("\n".join(map(str, runs)).encode())
-    yield
-    carry_out(collection_id, runs)
+    graves: list[Path] = []
+    yield graves
+    graves += carry_out(collection_id, runs)
 
 
-def carry_out(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> None:
-    """The second half of a deletion."""
-    discard(collection(collection_id), *map(run, runs))
+def carry_out(collection_id: uuid.UUID, runs: Sequence[uuid.UUID]) -> list[Path]:
+    """The second half of a deletion: what is left to be removed, or will be by a sweeper."""
+    graves = [_bury(path) for path in (collection(collection_id), *map(run, runs)) if path.exists()]
     forget_deletion(collection_id)
+    return [grave for grave in graves if grave is not None]
 
 
 def forget_deletion(collection_id: uuid.UUID) -> None:
@@ -250,20 +253,14 @@ def all_deletions() -> Iterator[tuple[uuid.UUID, list[uuid.UUID], float]]:
             yield uuid.UUID(plan.name), runs, plan.stat().st_mtime
 
 
-def discard(*paths: Path) -> None:
-    """Remove folders whose rows are gone; should this process end meanwhile, a sweeper finds what is left of them."""
-    # All are moved out of sight before the first is emptied, which takes long.
-    for grave in [_bury(path) for path in paths if path.exists()]:
-        remove(grave)
-
-
-def _bury(path: Path) -> Path:
+def _bury(path: Path) -> Path | None:
     grave = _root() / "deleted" / f"{path.name}-{uuid.uuid4().hex}"
     try:
         grave.parent.mkdir(exist_ok=True)
         path.rename(grave)
     except OSError:  # a full disk may have no room for another name, and deleting is what makes room
-        return path
+        remove(path)
+        return None
     return grave
 
 

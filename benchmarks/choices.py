@@ -16,14 +16,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from benchmarks.ablation import Variant, features, score
+from benchmarks.ablation import Baseline, Variant, features, score
 from benchmarks.archives import Selection, frozen_features, spare, unpack
 from benchmarks.calibration import drawn
 from models import heads
 from models.heads import HeadConfig
-from models.metrics import quality
-from models.progress import finish
-from models.train import Config, fit_head
 
 EVEN, SKEWED, LARGE = 4, 3, 3
 KINDS = ("even", "skewed", "large")
@@ -34,6 +31,7 @@ SEEDS = 2
 class Choice(Variant):
     all_answer: bool = False
     method: str = "scl"  # another has its own defaults, and takes nothing from the rest
+    same_directions: bool = False  # for another: those in which SCL compares images, in place of the features
 
 
 CHOICES = {
@@ -50,8 +48,10 @@ CHOICES = {
     "128 axes": Choice(config=HeadConfig(dimensions=128)),
     "starts see all images": Choice(config=HeadConfig(start_images=10**9)),
     "12 restarts, all answer": Choice(restarts=12, all_answer=True),
+    "not trained": Choice(epochs=0),
     "k-means": Choice(method="kmeans"),
     "TEMI": Choice(method="temi"),
+    "TEMI, same directions": Choice(method="temi", same_directions=True),
     "SCAN": Choice(method="scan"),
 }
 
@@ -100,16 +100,12 @@ def small_pictures(selection: Selection) -> Iterator[tuple[str, np.ndarray, list
 def group(features_NF: np.ndarray, truth: list[str], choice: Choice) -> list[list[float]]:
     """ACC, NMI and ARI of every seed."""
     if choice.method != "scl":
-        found = [baseline(features_NF, truth, choice.method, seed) for seed in range(SEEDS)]
+        other = Baseline(method=choice.method, same_directions=choice.same_directions)
+        found = [score(features_NF, truth, other, seed) for seed in range(SEEDS)]
     else:
         with patch.object(heads, "staying", (lambda restarts: restarts) if choice.all_answer else heads.staying):
             found = [score(features_NF, truth, choice, seed) for seed in range(SEEDS)]
     return [[each[name] for name in ("acc", "nmi", "ari")] for each in found]
-
-
-def baseline(features_NF: np.ndarray, truth: list[str], method: str, seed: int) -> dict[str, float]:
-    config = Config(clusters=len(set(truth)), method=method, seed=seed).resolved()
-    return quality(truth, finish(fit_head(config, features_NF, device="cpu")).assignment.labels_N)
 
 
 if __name__ == "__main__":

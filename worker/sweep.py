@@ -151,9 +151,9 @@ def _end_deletions() -> None:
 
 def remove_leftovers() -> None:
     """Delete what killed attempts of finished runs left, which nobody will go on from, and what a deletion left."""
+    _end_deletions()
     for folder in storage.all_discarded():
         storage.remove(folder)
-    _end_deletions()
     for folder in storage.all_runs():
         try:
             run_id = uuid.UUID(folder.name)

@@ -1,6 +1,6 @@
 import uuid
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, BackgroundTasks, Response
 
 from app import storage
 from app.access import GuardedRoute
@@ -46,11 +46,13 @@ def get_collection(collection_id: uuid.UUID, session: DatabaseSession) -> Collec
 
 
 @router.delete("/{collection_id}", status_code=204, responses=responses(404, 409, 422))
-def delete_collection(collection_id: uuid.UUID, session: DatabaseSession) -> None:
+def delete_collection(collection_id: uuid.UUID, session: DatabaseSession, afterwards: BackgroundTasks) -> None:
     """Delete a collection with its images, uploads, runs and files. Not while work on it is under way."""
     runs = collections.remove(session, collection_id)
-    with storage.deletion(collection_id, runs):
+    with storage.deletion(collection_id, runs) as graves:
         session.commit()
+    for grave in graves:
+        afterwards.add_task(storage.remove, grave)
 
 
 @router.get("/{collection_id}/images", tags=["images"], responses=responses(404, 422))

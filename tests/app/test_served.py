@@ -113,7 +113,7 @@ def test_a_deletion_that_ended_before_its_files_did_is_carried_out(api: TestClie
         (folder / "levels.csv").write_text("a.png")
     monkeypatch.setattr(collections, "remove", lambda *given: [*remove(*given), uuid.UUID(run.name)])
     with monkeypatch.context() as killed:
-        killed.setattr(storage, "carry_out", lambda *_given: None)
+        killed.setattr(storage, "carry_out", lambda *_given: [])
         assert api.delete(collection["links"]["self"]).status_code == 204
     assert (settings().data_dir / "collections" / collection["id"]).exists()
     remove_leftovers()
