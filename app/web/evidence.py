@@ -13,6 +13,7 @@ WIDTH, HEIGHT, MARGIN = 320.0, 96.0, 8.0
 BAR_HEIGHT = 36.0
 _TICKS = (2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
 _MOST_BARS = 64
+_LEADS = "eigengap"  # the criterion that counts for more the clearer it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Sweep:
     band: tuple[float, float] | None  # where the interval begins, and its width
     clarity: float | None  # 1: the groups lie apart; 0: no number stands out
     steady: int | None  # most clusters that come out nearly alike of two halves, where that is another number
-    curves: list[Curve]
+    curves: list[Curve]  # of the one that leads first
     ticks: list[Tick]
     rejected: list[dict[str, Any]]  # the nearest first
 
@@ -138,7 +139,8 @@ def sweep(metrics: Mapping[str, Any]) -> Sweep | None:
 
 
 def _curves(tried: Sequence[Mapping[str, Any]], votes: Mapping[str, float], x: Callable[[float], float]) -> list[Curve]:
-    criteria = [name for name in tried[0] if name != "clusters"] if len(tried) > 1 else []
+    names = tried[0].keys() - {"clusters"} if len(tried) > 1 else ()
+    criteria = sorted(names, key=lambda name: (name != _LEADS, name))  # the database keeps no order
     curves = []
     for name in criteria:
         values = [step[name] for step in tried]

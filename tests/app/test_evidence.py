@@ -18,13 +18,13 @@ from tests.app.test_web import HOSTILE, METRICS, PAGE, finished_run
 AUTO = {
     "clusters": 2,
     "interval": [2, 3],
-    "votes": {"eigengap": 2.0, "reproduced": 3.3},
+    "votes": {"eigengap": 2.0, "height": 2.0, "reproduced": 3.3},
     "clarity": 0.5,
     "steady": 3,
     "sweep": [
-        {"clusters": 2, "eigengap": 0.75, "reproduced": 0.1},
-        {"clusters": 4, "eigengap": 0.25, "reproduced": 0.3},
-        {"clusters": 8, "eigengap": 0.5, "reproduced": 0.2},
+        {"clusters": 2, "eigengap": 0.75, "height": 0.9, "reproduced": 0.1},
+        {"clusters": 4, "eigengap": 0.25, "height": 0.8, "reproduced": 0.3},
+        {"clusters": 8, "eigengap": 0.5, "height": 0.7, "reproduced": 0.2},
     ],
     "rejected": [{"clusters": 3, "why": HOSTILE}, {"clusters": 4, "why": "its gap is 0.25"}],
 }
@@ -56,13 +56,14 @@ def test_the_chosen_number_is_shown_with_what_was_tried_and_rejected(api: TestCl
     page = api.get(f"/runs/{finished_run(metrics=WHOLE).id}", headers=PAGE).text
     words = words_of(page)
     assert "Why 2 clusters" in words
-    assert "How alike are the groups of two halves: 3" in words
+    assert "lie apart: 2 How unlike are groups that would merge: 2 How alike are the groups of two halves: 3.3" in words
+    assert "2 is their mean, in which the first counts for more." in words
     assert "The groups lie apart, but not all of them. 2 to 3 clusters fit nearly as well." in words
     assert "Up to 3 clusters come out nearly alike from either half of the images" in words
     assert "try that for a finer reading" in words
     assert "Not 4: its gap is 0.25" in words
     assert "Not 3: &lt;script&gt;" in words
-    assert len(re.findall("<polyline", page)) == 2
+    assert len(re.findall("<polyline", page)) == 3
 
 
 def test_the_baseline_stands_beside_the_run_without_true_labels_too(api: TestClient):
