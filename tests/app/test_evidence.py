@@ -152,7 +152,7 @@ def test_a_sweep_is_drawn_over_the_logarithm_of_the_clusters_and_each_criterion_
     left, right = evidence.MARGIN, evidence.WIDTH - evidence.MARGIN
     points = [[tuple(map(float, pair.split(","))) for pair in curve.line.split()] for curve in found.curves]
     assert points[0] == [(left, top), (evidence.WIDTH / 2, bottom), (right, middle)]
-    assert points[1] == [(left, bottom), (evidence.WIDTH / 2, top), (right, middle)]
+    assert points[2] == [(left, bottom), (evidence.WIDTH / 2, top), (right, middle)]
     assert found.x == left
     assert found.band == pytest.approx((left, (right - left) * math.log(3 / 2) / math.log(4)))
     assert [(tick.clusters, tick.x > left) for tick in found.ticks] == [(2, False), (3, True), (5, True)]
