@@ -205,6 +205,8 @@ def test_members_come_in_pages_that_hold_each_once(browser: TestClient):
         if answer.status_code == 404:
             break
         seen += re.findall(r'src="/v1/images/([^/]*)/thumbnail"', answer.text)
+        ends = [word for word in ("First", "Last") if f">{word}</a>" in answer.text]
+        assert ends == {1: ["Last"], 2: [], 3: ["First"]}[number]
         number += 1
     assert number == 4  # 199 images, 96 a page
     assert len(seen) == len(set(seen)) == 199
