@@ -20,8 +20,10 @@ from sqlalchemy.orm import Session
 from app import queue, storage
 from app.config import settings
 from app.db.session import open_session
-from app.db.tables import Upload
-from app.services import jobs, ledger
+from app.db.tables import Run, Upload
+from app.errors import Invalid
+from app.services import jobs, ledger, runs
+from app.services.images import count
 from app.services.ledger import LedgerEntry, NewImage
 from worker.archives import ArchiveError
 from worker.command import INTERNAL_ERROR
@@ -90,12 +92,26 @@ def _give_back(upload: Upload, stop: threading.Event) -> None:
 
 def _ring_for_what_waited(upload: Upload) -> None:
     with open_session() as session:
-        runs = ledger.waiting_runs(session, upload.id)
         following = ledger.next_upload(session, upload.collection_id)
-    for run_id in runs:
+        if following is None:  # which may bring more images
+            _refuse_what_has_too_few(session, upload)
+        waiting = ledger.waiting_runs(session, upload.id)
+        session.commit()
+    for run_id in waiting:
         queue.ring_run(run_id)
     if following is not None:
         queue.ring_upload(following)
+
+
+def _refuse_what_has_too_few(session: Session, upload: Upload) -> None:
+    """Say it now: the worker for runs may be busy for hours."""
+    found = count(session, upload.collection_id)
+    for run_id in ledger.waiting_runs(session, upload.id):
+        try:
+            runs.check_enough(runs.get(session, run_id).parameters["clusters"], found)
+        except Invalid as error:
+            jobs.refuse(session, Run, run_id, {"code": error.code, "detail": error.detail})
+            log.info("run_refused", run=str(run_id), code=error.code)
 
 
 class _Ingest:

@@ -126,6 +126,16 @@ def fail(
     )
 
 
+def refuse(session: Session, table: JobTable, identity: uuid.UUID, problem: dict[str, Any]) -> bool:
+    """Fail a job that has not begun, and never could."""
+    return _changed(
+        session,
+        update(table)
+        .where(table.id == identity, table.state == "queued")
+        .values(state="failed", problem=problem, finished_at=func.now()),
+    )
+
+
 def release(session: Session, table: JobTable, identity: uuid.UUID, attempt: int) -> bool:
     """Give a running job back unharmed, as a worker does that is told to stop. Not a lost attempt.
 

@@ -90,13 +90,21 @@ def test_one_image_a_thousand_times_is_one_image():
         automatic = runs.create(session, collection_id, Parameters(clusters="auto"), after_upload=upload_id)
         session.commit()
     ingest(upload_id, threading.Event())
+    for run_id, detail in (
+        (run.id, "2 clusters need at least 2 images; the collection has 1."),
+        (automatic.id, "Grouping needs at least 2 images; the collection has 1."),
+    ):
+        assert read(run_id).problem == {"code": "too-few-images", "detail": detail}  # no worker had to begin
+
+
+def test_images_that_became_too_few_while_a_run_waited():
+    with open_session() as session:
+        run = Run(id=uuid.uuid4(), collection_id=collection_of(2), parameters={"clusters": 3})
+        session.add(run)
+        session.commit()
     assert problem_of(run.id) == {
         "code": "too-few-images",
-        "detail": "2 clusters need at least 2 images; the collection has 1.",
-    }
-    assert problem_of(automatic.id) == {
-        "code": "too-few-images",
-        "detail": "Grouping needs at least 2 images; the collection has 1.",
+        "detail": "3 clusters need at least 3 images; the collection has 2.",
     }
 
 

@@ -45,6 +45,25 @@ def test_a_run_that_waits_for_a_failed_upload_fails_too():
         assert problem["detail"] in failed.problem["detail"]
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_a_run_over_too_few_images_fails_as_soon_as_they_are_in(*, more: bool):
+    upload_id = queued(("a.zip", zip_of(two_kinds(4))))
+    with open_session() as session:
+        collection_id = uploads.get(session, upload_id).collection_id
+        waiting = Run(id=uuid.uuid4(), collection_id=collection_id, upload_id=upload_id, parameters={"clusters": 5})
+        session.add(waiting)
+        session.commit()
+    if more:  # it may bring the fifth
+        queued(("b.zip", zip_of(two_kinds(6))), collection_id=collection_id)
+    run(upload_id)
+    with open_session() as session:
+        refused = session.get_one(Run, waiting.id)
+        assert refused.state == ("queued" if more else "failed")
+        if not more:
+            assert refused.problem["code"] == "too-few-images"
+            assert refused.problem["detail"] == "5 clusters need at least 5 images; the collection has 4."
+
+
 def test_a_disk_that_fills_while_files_get_their_names_keeps_none_of_them(monkeypatch: pytest.MonkeyPatch):
     def full(_folder: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
