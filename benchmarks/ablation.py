@@ -52,9 +52,7 @@ class Baseline:
 
     def group(self, features_NF: np.ndarray, clusters: int, seed: int) -> np.ndarray:
         if self.same_directions:
-            config = HeadConfig()
-            sample_S = heads.draw(len(features_NF), config.sample, seed=seed)
-            axes = heads.directions(features_NF, sample_S, clusters=clusters, config=config)
+            axes, _, _ = heads.directions(features_NF, clusters=clusters, seed=seed, config=HeadConfig())
             features_NF = axes.project(features_NF).numpy()
         usual = METHODS[self.method]["head"]
         steps = HEADS[self.method](

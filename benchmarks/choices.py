@@ -99,12 +99,10 @@ def small_pictures(selection: Selection) -> Iterator[tuple[str, np.ndarray, list
 
 def group(features_NF: np.ndarray, truth: list[str], choice: Choice) -> list[list[float]]:
     """ACC, NMI and ARI of every seed."""
-    if choice.method != "scl":
-        other = Baseline(method=choice.method, same_directions=choice.same_directions)
-        found = [score(features_NF, truth, other, seed) for seed in range(SEEDS)]
-    else:
-        with patch.object(heads, "staying", (lambda restarts: restarts) if choice.all_answer else heads.staying):
-            found = [score(features_NF, truth, choice, seed) for seed in range(SEEDS)]
+    other = Baseline(method=choice.method, same_directions=choice.same_directions)
+    variant = choice if choice.method == "scl" else other
+    with patch.object(heads, "staying", (lambda restarts: restarts) if choice.all_answer else heads.staying):
+        found = [score(features_NF, truth, variant, seed) for seed in range(SEEDS)]
     return [[each[name] for name in ("acc", "nmi", "ari")] for each in found]
 
 

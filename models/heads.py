@@ -102,9 +102,7 @@ def train(
     the boundaries and by its neighbours inside.
     """
     config = config or HeadConfig()
-    sample_S = draw(len(features_NF), max(config.sample, 16 * clusters), seed=seed)
-    wanted = space.neighbour_count(len(sample_S), clusters, wanted=config.neighbours)
-    axes = directions(features_NF, sample_S, clusters=clusters, config=config, device=device)
+    axes, sample_S, wanted = directions(features_NF, clusters=clusters, seed=seed, config=config, device=device)
     z_ND, sample_S = axes.project(features_NF).to(device), sample_S.to(device)
     z_SD = z_ND[sample_S]
     neighbours_SM = torch.from_numpy(space.nearest(z_SD.cpu().numpy(), wanted, device=device)).to(device)
@@ -347,17 +345,20 @@ class Judged:
 
 
 def directions(
-    features_NF: np.ndarray, sample_S: Tensor, *, clusters: int, config: HeadConfig, device: str = "cpu"
-) -> space.Space:
-    """Those in which a collection is compared: combinations of its main ones, weighted by neighbours in the sample."""
-    return space.discriminant(
+    features_NF: np.ndarray, *, clusters: int, seed: int, config: HeadConfig, device: str = "cpu"
+) -> tuple[space.Space, Tensor, int]:
+    """Those in which images are compared; the sample that heads train on, shape (S,); how many neighbours each has."""
+    sample_S = draw(len(features_NF), max(config.sample, 16 * clusters), seed=seed)
+    neighbours = space.neighbour_count(len(sample_S), clusters, wanted=config.neighbours)
+    axes = space.discriminant(
         space.fit(features_NF, dimensions=config.main_dimensions),
         features_NF[sample_S.numpy()],
         dimensions=config.dimensions,
-        neighbours=space.neighbour_count(len(sample_S), clusters, wanted=config.neighbours),
+        neighbours=neighbours,
         shrinkage=config.shrunk(len(sample_S), clusters),
         device=device,
     )
+    return axes, sample_S, neighbours
 
 
 def keep_best(groups: list[Heads], stay: int, pool: ThreadPoolExecutor) -> list[Heads]:

@@ -34,7 +34,6 @@ _PICTURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM",
     b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+",
 )  # fmt: skip
-_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 # What unpacks to less is no bomb, however well it shrinks: a few flat drawings do that.
 _BOMB_BYTES = 256 * 1024**2
 # Folders and what systems add stand in the directory of a zip besides its files.
@@ -94,11 +93,6 @@ NESTED = Entry(name=None, code="archive-in-archive", reason="It is an archive in
 def is_picture(head: bytes) -> bool:
     """Whether a file with these first bytes can be a picture in a format that is read."""
     return head.startswith(_PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-
-
-def is_heif(head: bytes) -> bool:
-    """Whether these are the first bytes of a HEIC or AVIF picture: an ISO file whose major brand says so."""
-    return head[4:8] == b"ftyp" and head[8:12] in _HEIF
 
 
 def is_archive(head: bytes) -> bool:

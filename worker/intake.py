@@ -23,7 +23,6 @@ from worker.archives import (
     Reader,
     entries,
     is_archive,
-    is_heif,
     is_picture,
 )
 from worker.decode import NOT_AN_IMAGE
@@ -194,10 +193,16 @@ class Intake:
             raise ArchiveError("too-large", f"Unpacked, the upload has more than {whole} bytes.")
 
 
+_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 HEIC_NOT_READ = (
     "It is a HEIC or AVIF picture, as phones take them, which is not read; save it as JPEG and send that: phones and "
     "photo programs do so when they export."
 )
+
+
+def _is_heif(head: bytes) -> bool:
+    """Whether these are the first bytes of a HEIC or AVIF picture: an ISO file whose major brand says so."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF
 
 
 def _no_picture(head: bytes) -> tuple[str, str]:
@@ -205,7 +210,7 @@ def _no_picture(head: bytes) -> tuple[str, str]:
         return "empty-file", "It is empty."
     if is_archive(head):
         return NESTED.code, NESTED.reason
-    if is_heif(head):
+    if _is_heif(head):
         return "heic-not-read", HEIC_NOT_READ
     return "not-an-image", NOT_AN_IMAGE
 

@@ -44,7 +44,7 @@ def test_a_form_of_very_many_fields(api: TestClient):
     assert "at most 100 fields" in assert_problem(answer, 422, "too-many-fields")["detail"]
 
 
-def test_a_part_with_a_header_without_an_end(api: TestClient):
+def test_a_part_with_a_header_that_is_too_long(api: TestClient):
     name = "x" * 5000
     answer = api.post("/v1/cluster", files={"file": (name, archive()[1])}, data={"clusters": "2"})
     assert "header" in assert_problem(answer, 422, "broken-multipart")["detail"]

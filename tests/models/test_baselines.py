@@ -98,6 +98,13 @@ def test_certain_balanced_pairs_are_worth_log_k():
     assert loss.item() == pytest.approx(-math.log(4))
 
 
+def test_temis_loss_has_a_slope_where_no_probability_is_left():
+    logits = torch.tensor([[[60.0, 0.0], [0.0, 60.0]]], requires_grad=True)
+    said = torch.softmax(logits, dim=2)
+    temi.temi_loss(said, said.detach().flip(2), torch.full((1, 1, 2), 0.5), beta=0.6).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_temis_heads_are_independent_networks():
     # Head by head with torch's own layers.
     heads = temi.Heads.new(sizes=(6, 5, 4, 3), heads=2, generator=torch.Generator().manual_seed(0), device="cpu")
