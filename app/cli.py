@@ -41,6 +41,7 @@ STAGES = {
     None: "waiting",
     "features": "looking at images",
     "auto": "finding how many groups",
+    "heads": "finding groups to teach",
     "pixels": "decoding images",
     "training": "training",
     "baseline": "comparing with k-means",

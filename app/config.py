@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     )
     gpus: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="GPUs that a run trains on in full. Unset: all that CUDA_VISIBLE_DEVICES or the driver names.",
+        description="GPUs that a run trains a backbone on. Unset: all that CUDA_VISIBLE_DEVICES or the driver names.",
     )
     host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(default=8000, description="Port of the API.")
@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     )
     checkpoint_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,
-        description="How often a full training saves its state, in seconds: what a killed one has to do again.",
+        description="How often a training of a backbone saves its state, in seconds: what a killed one has to do again.",
     )
     max_attempts: Annotated[int, Field(ge=1)] = Field(
         default=3, description="Attempts after which lost work has failed (`worker_lost`)."

@@ -29,10 +29,15 @@ class Defaults:
     restarts: int
 
 
-# Method by method, the ways to train that it knows: `head` on frozen features, `full` with the backbone.
+# Method by method, the ways to train that it knows: `head` on frozen features, `finetune` that and then the last layers
+# of the backbone, `full` with all of it.
 METHODS: Mapping[str, Mapping[str, Defaults]] = MappingProxyType(
     {
-        "scl": {"head": Defaults(epochs=8, restarts=24), "full": Defaults(epochs=100, restarts=24)},
+        "scl": {
+            "head": Defaults(epochs=8, restarts=24),
+            "finetune": Defaults(epochs=1, restarts=24),
+            "full": Defaults(epochs=100, restarts=24),
+        },
         "kmeans": {"head": Defaults(epochs=300, restarts=10)},
         "kmeans_pixels": {"head": Defaults(epochs=300, restarts=10)},
         "temi": {"head": Defaults(epochs=40, restarts=16)},
@@ -76,14 +81,14 @@ class Config:
         check_range("epochs", self.epochs, 1, 10_000)
         check_range("restarts", self.restarts, 1, 100)
         check_choice("method", self.method, tuple(METHODS))
-        check_choice("train", self.train, ("head", "full"))
+        check_choice("train", self.train, ("head", "finetune", "full"))
         if self.train not in METHODS[self.method]:
             raise InputError(
                 f"method {self.method!r} does not train {self.train!r}; it trains: {', '.join(METHODS[self.method])}"
             )
         check_backbone(self.backbone, self.weights)
-        if self.weights == "random" and self.train == "head":
-            raise InputError("weights is 'random'; a head needs a pretrained backbone, so train 'full'")
+        if self.weights == "random" and self.train != "full":
+            raise InputError(f"weights is 'random'; {self.train!r} needs a pretrained backbone, so train 'full'")
 
     @property
     def pretrained(self) -> bool:

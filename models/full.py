@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import checkpoint, distributed, networks, views
+from models import backbones, checkpoint, distributed, features, networks, optimisers, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import seed_of
@@ -121,9 +121,10 @@ class Training:
             self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's
             made = objective(feature_size=network.feature_size, images=images, clusters=clusters, epochs=epochs)
             self.objective: Objective = made.to(device)
+        networks.freeze(self.network, trained_share=made.trained_share)
         self.replica = distributed.replicated(self.network, device=device)
         self.augmentations = [views.augmentation(name, image_size=size) for name in made.view_strengths]
-        self.precision = precision(self.config.precision, device, network)
+        self.precision = precision(self.config.precision, device, network, image_size=size)
         self.batch = self.config.batch or (256 if size <= networks.SMALL_IMAGE else 64)
         self.steps = max(1, round(images / self.batch))  # of an epoch
         self.total = self.steps * epochs
@@ -131,7 +132,18 @@ class Training:
         # Several processes talk to each other within a step, and only AdamW takes its rate from memory.
         recorded = device.startswith("cuda") and distributed.world_size() == 1 and self.config.optimizer == "adamw"
         self.recorder = Recorder() if recorded else None
-        self.optimizer = self.make_optimizer(pretrained=weights != "random")
+        self.optimizer = optimisers.optimiser(
+            (
+                (
+                    self.network,
+                    self.config.learning_rate if weights == "random" else self.config.pretrained_learning_rate,
+                ),
+                (self.objective, self.config.learning_rate),
+            ),
+            kind=self.config.optimizer,
+            weight_decay=self.config.weight_decay,
+            recorded_on=device if recorded else None,
+        )
         about_objective = getattr(made, "config", None)
         self.identity = {
             "objective": f"{type(made).__module__}.{type(made).__qualname__}",
@@ -146,24 +158,6 @@ class Training:
             "seed": seed,
             "images": images_digest or sha256(np.ascontiguousarray(pixels_NSSC).data).hexdigest(),
         }
-
-    def make_optimizer(self, *, pretrained: bool) -> torch.optim.Optimizer:
-        config = self.config
-        backbone_rate = config.pretrained_learning_rate if pretrained else config.learning_rate
-        groups = []
-        for module, rate in ((self.network, backbone_rate), (self.objective, config.learning_rate)):
-            for decay, wanted in ((config.weight_decay, True), (0.0, False)):
-                # Biases and normalisations are not drawn to zero, as usual.
-                found = [p for p in module.parameters() if p.requires_grad and (p.dim() > 1) == wanted]
-                if found:
-                    groups.append({"params": found, "lr": rate, "peak_rate": rate, "weight_decay": decay})
-        if config.optimizer == "sgd":
-            # The fused one wants all parameters of a group to have had a gradient, or none.
-            return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-        if self.recorder is not None:
-            for group in groups:
-                group["lr"] = torch.tensor(group["lr"], device=self.device)
-        return torch.optim.AdamW(groups, fused=True, capturable=self.recorder is not None)
 
     def run(self) -> Generator[Step, None, None]:
         """Go through the epochs, from the checkpoint where there is one.
@@ -250,13 +244,7 @@ class Training:
 
     def step(self, rows_G: Tensor, pixels_BSSC: Tensor) -> dict[str, Tensor]:
         """One step of the optimiser on this batch; nothing in it waits for a GPU."""
-        through = self.done / self.total
-        for group in self.optimizer.param_groups:
-            rate = group["peak_rate"] * schedule(through, warmup=self.config.warmup, total=self.total)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        optimisers.set_rate(self.optimizer, self.done, total=self.total, warmup=self.config.warmup)
         choices = self.choices(len(pixels_BSSC))
         phase = self.objective.phase()
         if self.recorder is not None and phase is not None:
@@ -288,7 +276,7 @@ class Training:
 
     def forward(self, x_XCSS: Tensor) -> Tensor:
         """Features of views that lie one after the other, float32 of shape (V, B, F)."""
-        self.replica.train()
+        self.replica.train(self.objective.own_statistics)
         with self.autocast():
             h_XF: Tensor = self.replica(x_XCSS)
         h_XF = h_XF.to(torch.promote_types(h_XF.dtype, torch.float32))
@@ -308,18 +296,28 @@ class Training:
         """
         self.network.eval()
         own_R = torch.arange(len(self.pixels_NSSC)).tensor_split(distributed.world_size())[distributed.rank()]
-        parts = []
-        for start in range(0, len(own_R), ENCODE_BATCH):
-            if self.stop():
-                raise Stopped("stopped while the images were encoded")
-            pixels_BSSC = torch.from_numpy(self.pixels_NSSC[own_R[start : start + ENCODE_BATCH].numpy()]).to(
-                self.device
-            )
-            x_BCSS = views.plain(pixels_BSSC, mean=self.network.mean, std=self.network.std)
-            with self.autocast():
-                parts.append(self.network(x_BCSS).float())
-        self.network.train()
+        threads, size = torch.get_num_threads(), self.pixels_NSSC.shape[1]
+        fast = backbones.fast_encoder(self.network, image_size=size, threads=threads, device=self.device)
+        if fast is None:
+            parts = [self.encode(self.own_pixels(rows_B)) for rows_B in torch.split(own_R, ENCODE_BATCH)]
+        else:
+            with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+                found = pool.map(lambda rows_B: fast(self.own_pixels(rows_B)), torch.split(own_R, features.BATCH))
+                parts = [torch.from_numpy(features_BF) for features_BF in found]
         return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
+
+    def own_pixels(self, rows_B: Tensor) -> np.ndarray:
+        if self.stop():
+            raise Stopped("stopped while the images were encoded")
+        pixels_BSSC: np.ndarray = self.pixels_NSSC[rows_B.numpy()]
+        return pixels_BSSC
+
+    def encode(self, pixels_BSSC: np.ndarray) -> Tensor:
+        host = torch.from_numpy(pixels_BSSC)
+        x_BCSS = views.plain(host.to(self.device), mean=self.network.mean, std=self.network.std)
+        with self.autocast():
+            h_BF: Tensor = self.network(x_BCSS)
+        return h_BF.float()
 
     def try_to_save(self) -> None:
         """Save where there is room; a training does not end for the want of a checkpoint."""
@@ -336,8 +334,7 @@ class Training:
             return
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items() if value is not None}
+        tensors |= {f"optimizer.{name}": value for name, value in optimisers.state(self.optimizer).items()}
         tensors["random.views"] = self.generator.get_state()
         tensors |= {f"random.{name}": value for name, value in self.random.items()}
         checkpoint.save(
@@ -362,13 +359,7 @@ class Training:
             self.begin_epoch(self.done // self.steps)
         self.network.load_state_dict(part(found.tensors, "network."))
         self.objective.load_state_dict(part(found.tensors, "objective."))
-        state = self.optimizer.state_dict()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        state["state"] = {
-            number: optimizer_state(part(found.tensors, f"optimizer.{number}."), parameter)
-            for number, parameter in enumerate(parameters)
-        }
-        self.optimizer.load_state_dict(state)
+        optimisers.restore(self.optimizer, part(found.tensors, "optimizer."))
         if self.recorder is not None:
             self.recorder = Recorder()  # the optimiser's state lies elsewhere now
         self.generator.set_state(found.tensors["random.views"])
@@ -376,35 +367,22 @@ class Training:
         self.random = {name: found.tensors.get(f"random.{name}", state) for name, state in self.random.items()}
 
 
-def schedule(through: float, *, warmup: float, total: int) -> float:
-    """The learning rate as a share of its peak: a rising line, then half a cosine (Loshchilov and Hutter 2017)."""
-    if through < warmup:
-        return (through + 1 / total) / (warmup + 1 / total)
-    return (1 + math.cos(math.pi * (through - warmup) / (1 - warmup))) / 2
-
-
-def precision(wanted: str, device: str, network: nn.Module) -> torch.dtype:
+def precision(wanted: str, device: str, network: nn.Module, *, image_size: int) -> torch.dtype:
     """The faster one, bfloat16 or float32.
 
     On a core with AVX-512 BF16, forward and backward in bfloat16 gave 737 images/s for 330 (ResNet-10, 32 pixels,
-    channels last) and 108 for 60 (ResNet-18), but 198 for 429 with the grouped convolutions of EfficientNet-Lite.
+    channels last) and 108 for 60 (ResNet-18), but 198 for 429 with the grouped convolutions of EfficientNet-Lite at
+    32 pixels. At 224, where the last third of its layers trains, both cores gave 40 for 26.
     """
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     grouped = any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
-    fast = torch.cpu._is_avx512_bf16_supported() and not grouped  # noqa: SLF001  # torch has no public name for it
+    slow = grouped and image_size <= networks.SMALL_IMAGE
+    fast = torch.cpu._is_avx512_bf16_supported() and not slow  # noqa: SLF001  # torch has no public name for it
     return torch.bfloat16 if fast else torch.float32
 
 
 def part(tensors: Any, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def optimizer_state(saved: dict[str, Tensor], parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Moments in the memory layout of their parameter, as the optimiser made them."""
-    return {
-        name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-        for name, value in saved.items()
-    }

@@ -142,6 +142,14 @@ def network(name: str, *, weights: str | None, image_size: int) -> Network:
     return fill(Network(body, feature_size=512), body, found, name=name, path=path, classifier=("fc",))
 
 
+def freeze(network: nn.Module, *, trained_share: float) -> None:
+    """Let only the last of the layers train, counted in the order in which the network was made."""
+    layers = [layer for layer in network.modules() if next(layer.parameters(recurse=False), None) is not None]
+    for layer in layers[: len(layers) - int(trained_share * len(layers))]:
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad = False
+
+
 def resnet(name: str, *, small_stem: bool) -> nn.Module:
     """A random network of torchvision without its classifier."""
     import torchvision  # noqa: PLC0415  # loads torch's compiler: seconds that only its users pay

@@ -34,6 +34,10 @@ class Objective(nn.Module, ABC):
 
     # One entry a view, so that V is its length.
     view_strengths: ClassVar[tuple[Strength, ...]] = ("strong", "strong")
+    # Of the backbone's layers the last ones that train; and whether batches are normalised by statistics of their own,
+    # or, with every dropout at rest, by those that the weights came with.
+    trained_share: ClassVar[float] = 1.0
+    own_statistics: ClassVar[bool] = True
 
     def __init__(self, *, feature_size: int, images: int, clusters: int, epochs: int) -> None:
         super().__init__()

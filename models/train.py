@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ from models.networks import POOLING, digest
 from models.objective import ObjectiveFactory
 from models.progress import Clock, Progress, Step
 from models.report import Grouping, describe
+from models.selflabelling import SelfLabelling
 
 __all__ = ["Config", "Grouping", "InputError", "Progress", "Source", "group", "save_model"]
 
@@ -77,10 +79,10 @@ def group(
         threads: for the pictures and the network; by default one for every core. Sets those of torch and FAISS. Starts
             and restarts are spread over all cores whatever it is (`joblib.cpu_count`, so `LOKY_MAX_CPU_COUNT`).
         device: "cpu", "cuda" or "cuda:1"; by default CUDA where there is one.
-        checkpoint: folder for the state of a full training, to go on from after a kill. Another run's, or that of
-            another version of the algorithm, is replaced.
-        checkpoint_every_s: seconds between the checkpoints of a full training.
-        stop: asked often during a full training; once true, the state is saved.
+        checkpoint: folder for the state of a training of the backbone, to go on from after a kill. Another run's, or
+            that of another version of the algorithm, is replaced.
+        checkpoint_every_s: seconds between the checkpoints of such a training.
+        stop: asked often during such a training; once true, the state is saved.
 
     Raises:
         InputError: the collection cannot be grouped so.
@@ -97,10 +99,11 @@ def group(
     with distributed.process_group(device) as own_device:
         job = _Job(config, sources, cache_dir=cache_dir, threads=threads, device=own_device, clock=clock)
         try:
-            if config.train == "full":
-                fit, features_NF = yield from job.train_in_full(checkpoint, checkpoint_every_s, stop)
-            else:
+            if config.train == "head":
                 fit, features_NF = yield from job.train_head()
+            else:
+                way = job.finetune if config.train == "finetune" else job.train_in_full
+                fit, features_NF = yield from way(checkpoint, checkpoint_every_s, stop)
         except UnreadableImageError as error:
             raise InputError(str(error)) from error
     clusters = job.clusters
@@ -154,17 +157,41 @@ class _Job:
         fit = yield from self.clock.follow("training", fit_head(config, rows_NF, device=self.device))
         return fit, features_NF
 
+    def finetune(
+        self, checkpoint: Path | None, checkpoint_every_s: float, stop: Callable[[], bool] | None
+    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+        """Group by a head on frozen features first, and teach the last layers of the backbone what it found."""
+        features_NF = yield from self.features()
+        config = yield from self.settle(features_NF)
+        self.set_threads_of_heads()
+        of_head = replace(config, train="head", epochs=None).resolved()
+        frozen = yield from self.clock.follow("heads", fit_head(of_head, features_NF, device=self.device))
+        torch.set_num_threads(self.threads)
+        objective = partial(SelfLabelling, frozen=frozen, features_NF=features_NF)
+        return (yield from self.train_backbone(objective, checkpoint, checkpoint_every_s, stop))
+
     def train_in_full(
         self, checkpoint: Path | None, checkpoint_every_s: float, stop: Callable[[], bool] | None
     ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
-        """Group by a backbone that trains too; the answer, and the features of the trained backbone."""
+        """Group by a whole backbone that trains too."""
         if self.config.clusters == "auto":
             yield from self.settle((yield from self.features()))
+        objective = OBJECTIVES[self.config.method]
+        return (yield from self.train_backbone(objective, checkpoint, checkpoint_every_s, stop))
+
+    def train_backbone(
+        self,
+        objective: ObjectiveFactory,
+        checkpoint: Path | None,
+        checkpoint_every_s: float,
+        stop: Callable[[], bool] | None,
+    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+        """Train by this objective; its answer, and the features of the trained backbone."""
         pixels_NSSC = yield from self.clock.follow("pixels", self.pixels(self.config.image_size))
         check_distinct(self.clusters, pixels_NSSC.reshape(len(pixels_NSSC), -1), "pixel by pixel")
         training = full.Training(
             pixels_NSSC,
-            objective=OBJECTIVES[self.config.method],
+            objective=objective,
             backbone=self.config.backbone,
             weights=self.config.weights,
             clusters=self.clusters,
@@ -263,19 +290,22 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     clusters = 20 if config.clusters == "auto" else config.clusters
     squares = images * (config.image_size / 224) ** 2
     k_means_s = 10 * images * (0.0001 + 5e-6 * clusters)
+    start_s, epoch_s = heads.costs_s(images, clusters, heads.HeadConfig())
+    head_epochs = epochs if config.train == "head" else heads.EPOCHS
+    head_s = images * 3e-5 + restarts / 2 * (start_s + head_epochs * 2 / 3 * epoch_s)
     training_s = k_means_s
-    if config.method == "scl":
-        start_s, epoch_s = heads.costs_s(images, clusters, heads.HeadConfig())
-        training_s = images * 3e-5 + restarts / 2 * (start_s + epochs * 2 / 3 * epoch_s)
+    if config.train != "head":
+        training_s = epochs * squares * (0.025 if config.train == "finetune" else 0.05)
+    elif config.method == "scl":
+        training_s = head_s
     elif config.method in ("temi", "scan"):
         training_s = epochs * restarts * max(1, min(images, max(2048, 64 * clusters)) / 256) * 0.003
-    if config.train == "full":
-        training_s = epochs * squares * 0.05
-    pixels_s = squares * 0.002 if config.train == "full" or config.method == "kmeans_pixels" else 0.0
-    needs_features = config.train == "head" or config.clusters == "auto"
+    pixels_s = squares * 0.002 if config.train != "head" or config.method == "kmeans_pixels" else 0.0
+    needs_features = config.train != "full" or config.clusters == "auto"
     return {
         "features": 0.1 + squares * 0.007 if needs_features else 0.0,
         "auto": 5.0 if config.clusters == "auto" else 0.0,
+        "heads": head_s if config.train == "finetune" else 0.0,
         "pixels": pixels_s,
         "training": 0.1 + training_s,
         "baseline": k_means_s if config.method != BASELINE else 0.0,

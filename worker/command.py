@@ -27,7 +27,7 @@ def trainer_command(folder: Path, parameters: Mapping[str, Any]) -> list[str]:
 
     A head trains on cached features in seconds; only a backbone is worth more than one GPU.
     """
-    several = gpus() if parameters.get("train") == "full" else 1
+    several = gpus() if parameters.get("train") in ("finetune", "full") else 1
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(several)]
     # It dies with us from its first moment on. The trainer itself comes to see to that only once it has loaded PyTorch,
     # some seconds in which its supervisor may be gone; torchrun never does.

@@ -107,7 +107,7 @@ def _train(folder: Path, specification: dict[str, Any]) -> None:
     names = [PurePosixPath(image["filename"]).parent.name for image in images] if truth == "folder" else None
     threads = max(1, cpu_count() // int(os.environ.get("WORLD_SIZE", "1")))
     stop = threading.Event()
-    if config.train == "full":
+    if config.train != "head":
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
     steps = group(
         config,

@@ -28,11 +28,11 @@ MIN_CLUSTERS, MAX_CLUSTERS = 2, 4096
 _FILE_NAME = r"^[^/\\.\x00-\x1f][^/\\\x00-\x1f]*$"
 
 Method = Literal["scl", "kmeans", "kmeans_pixels", "temi", "scan", "simclr", "cc", "pica"]
-Train = Literal["head", "full"]
+Train = Literal["head", "finetune", "full"]
 # The ways to train that a method knows; the first is the usual one.
 TRAIN_OF_METHOD: Mapping[str, tuple[Train, ...]] = MappingProxyType(
     {
-        "scl": ("head", "full"),
+        "scl": ("head", "finetune", "full"),
         "kmeans": ("head",),
         "kmeans_pixels": ("head",),
         "temi": ("head",),
@@ -82,8 +82,9 @@ class Parameters(BaseModel):
     train: Annotated[
         Train | None,
         Field(
-            description="`head`: the backbone is frozen and a clustering head is trained. `full`: the backbone trains "
-            "too. Unset: the method's usual way."
+            description="`head`: the backbone is frozen and a clustering head is trained. `finetune`: then the "
+            "backbone's last layers learn what it found, and a new head answers. `full`: all of the backbone trains. "
+            "Unset: the method's usual way."
         ),
     ] = None
     backbone: Annotated[
@@ -137,8 +138,10 @@ class Parameters(BaseModel):
     @field_validator("weights")
     @classmethod
     def _fit_for_the_training(cls, weights: str | None, so_far: Info) -> str | None:
-        if weights == "random" and so_far.data.get("train") == "head":
-            raise _wrong("a head needs a pretrained backbone; with random weights, train full")
+        if weights == "random" and so_far.data.get("train") in ("head", "finetune"):
+            raise _wrong(
+                f"to train {so_far.data['train']} takes a pretrained backbone; with random weights, train full"
+            )
         if weights == "random" and so_far.data.get("clusters") == "auto":
             raise _wrong("how many clusters there are is found on pretrained features; with random weights, say it")
         backbone = so_far.data.get("backbone", PRETRAINED[0])

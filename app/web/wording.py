@@ -12,6 +12,7 @@ STATES = {
 STAGES = {
     "features": "Looking at every image",
     "auto": "Finding the number of clusters",
+    "heads": "Finding the clusters to teach",
     "pixels": "Decoding every image",
     "training": "Learning the clusters",
     "baseline": "Comparing with plain k-means",
@@ -27,7 +28,7 @@ METHODS = {
     "cc": "Contrastive Clustering",
     "pica": "PICA",
 }
-TRAIN = {"head": "Head only", "full": "Whole network"}
+TRAIN = {"head": "Head only", "finetune": "Head, then last layers", "full": "Whole network"}
 # What speaks for a number of clusters.
 CRITERIA = {
     "eigengap": "How far groups of neighbours lie apart",

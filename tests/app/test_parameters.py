@@ -40,7 +40,7 @@ def test_what_goes_together_is_what_the_algorithm_takes(tmp_path: Path):
     file = tmp_path / "net.safetensors"
     file.write_bytes(b"tensors")
     backbones = (*config.BACKBONES, "timm/vit_small_patch14_dinov2.lvd142m", "timm/../x", "resnet9000")
-    asked = product((2, 4096, 1, 4097, "auto", "many"), config.METHODS, ("head", "full"), backbones)
+    asked = product((2, 4096, 1, 4097, "auto", "many"), config.METHODS, ("head", "finetune", "full"), backbones)
     for clusters, method, train, backbone in asked:
         for weights in (None, "random", file.name):
             values = {"clusters": clusters, "method": method, "train": train, "backbone": backbone}
@@ -74,7 +74,8 @@ def test_a_method_trains_in_its_usual_way_unless_told(method: str):
         ({"method": "temi", "train": "full"}, "train", "temi trains head only"),
         ({"backbone": "timm/"}, "backbone", "resnet34, or timm/NAME"),
         ({"backbone": "resnet18"}, "weights", "resnet18 comes without weights"),
-        ({"weights": "random"}, "weights", "a head needs a pretrained backbone"),
+        ({"weights": "random"}, "weights", "to train head takes a pretrained backbone"),
+        ({"weights": "random", "train": "finetune"}, "weights", "to train finetune takes a pretrained backbone"),
         ({"weights": "random", "train": "full", "clusters": "auto"}, "weights", "is found on pretrained features"),
         ({"weights": "../secret"}, "weights", "without any folder"),
         ({"weights": "/etc/passwd"}, "weights", "without any folder"),

@@ -197,7 +197,7 @@ def test_a_combination_that_cannot_be_is_refused_in_words(page: Page):
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
     page.get_by_role("button", name="Upload and group").click()
-    expect(page.get_by_role("alert").first).to_contain_text("a head needs a pretrained backbone")
+    expect(page.get_by_role("alert").first).to_contain_text("to train head takes a pretrained backbone")
     assert [url.rpartition("/")[2] for url in sent] == ["parameters"]  # and not one picture
     page.get_by_label("Weights").select_option("")
     page.get_by_role("spinbutton", name="Clusters").fill("2")

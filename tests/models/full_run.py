@@ -1,6 +1,7 @@
 """One small `full` training in a process of its own, for the tests that kill it or start several of it.
 
-python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double] [--device cuda] [--shared]
+python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double] [--careful]
+    [--device cuda] [--shared]
 """
 
 import argparse
@@ -62,6 +63,13 @@ class Remembering(Objective):
         return grouping.answer(features_NF, seed=seed, restarts=restarts)
 
 
+class Careful(Remembering):
+    """Trains the last of the layers, and leaves the statistics of normalisation as they came."""
+
+    trained_share = 0.5
+    own_statistics = False
+
+
 def pictures(images=48, size=32):
     """Noise on three kinds of coarse patterns."""
     rng = np.random.default_rng(0)
@@ -95,6 +103,7 @@ def main():
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--double", action="store_true", help="in float64, where sums in another order hardly differ")
+    parser.add_argument("--careful", action="store_true", help="the last layers alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shared", action="store_true", help="two processes on one GPU, by gloo: NCCL refuses")
     options = parser.parse_args()
@@ -118,11 +127,12 @@ def main():
     signal.signal(signal.SIGTERM, told)
     torch.set_num_threads(1)
     config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
-    settings = dict(SETTINGS)
+    objective = Careful if options.careful else Remembering
+    settings = {**SETTINGS, "objective": objective}
     if options.double:
         network = networks.network
         networks.network = lambda *args, **kwargs: network(*args, **kwargs).double()
-        settings["objective"] = lambda **kwargs: Remembering(**kwargs).double()
+        settings["objective"] = lambda **kwargs: objective(**kwargs).double()
     with distributed.process_group(options.device) as device:
         training = full.Training(
             pictures()[0],

@@ -87,6 +87,16 @@ def test_two_processes_compute_what_one_does(doubles):
 
 
 @pytest.mark.slow
+def test_so_they_do_where_the_first_layers_do_not_train(tmp_path):
+    for processes in (1, 2):
+        assert start(tmp_path / str(processes), "--double", "--careful", processes=processes).wait(240) == 0
+    ends = [np.load(tmp_path / str(processes) / "end.npz") for processes in (1, 2)]
+    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-10)
+    for name in ends[0].files:
+        np.testing.assert_allclose(ends[1][name], ends[0][name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 @TOGETHER
 def test_both_processes_see_the_same_loss(doubles):
     assert losses(doubles[1], 0) == losses(doubles[1], 1)

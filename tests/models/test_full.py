@@ -207,10 +207,12 @@ def test_a_read_only_map_of_pixels_serves(tmp_path):
 def test_precision_follows_the_processor():
     bf16 = torch.cpu._is_avx512_bf16_supported()
     dense, grouped = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
-    assert full.precision("auto", "cpu", dense) == (torch.bfloat16 if bf16 else torch.float32)
-    assert full.precision("auto", "cpu", grouped) == torch.float32
-    assert full.precision("float32", "cpu", dense) == torch.float32
-    assert full.precision("bfloat16", "cpu", grouped) == torch.bfloat16
+    faster = torch.bfloat16 if bf16 else torch.float32
+    assert full.precision("auto", "cpu", dense, image_size=32) == faster
+    assert full.precision("auto", "cpu", grouped, image_size=64) == torch.float32
+    assert full.precision("auto", "cpu", grouped, image_size=224) == faster
+    assert full.precision("float32", "cpu", dense, image_size=32) == torch.float32
+    assert full.precision("bfloat16", "cpu", grouped, image_size=32) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

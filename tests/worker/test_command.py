@@ -10,7 +10,7 @@ import pytest
 from app.config import settings
 from worker.command import gpus, trainer_command
 
-FULL, HEAD = {"train": "full"}, {"train": "head"}
+FULL, FINETUNE, HEAD = {"train": "full"}, {"train": "finetune"}, {"train": "head"}
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,12 @@ def test_one_process_trains_a_head_or_on_one_device(monkeypatch: pytest.MonkeyPa
     assert order["death_signal"] == 9
 
 
-def test_several_devices_train_a_network_by_torchrun_that_dies_with_us(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("parameters", [FULL, FINETUNE])
+def test_several_devices_train_a_network_by_torchrun_that_dies_with_us(
+    parameters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
     set_gpus(monkeypatch, "4")
-    command = trainer_command(Path("/run"), FULL)
+    command = trainer_command(Path("/run"), parameters)
     at = command.index("-m")
     assert command[at - 1 :] == [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
