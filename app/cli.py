@@ -295,7 +295,7 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     if counts["duplicate"] or counts["rejected"]:
         console.print(f"ledger: {client.server}{upload['links']['files_csv']}", soft_wrap=True)
     metrics = run["metrics"] or {}
-    quality, baseline, restarts = metrics.get("quality"), metrics.get("baseline") or {}, metrics.get("restarts") or {}
+    quality, restarts = metrics.get("quality"), metrics.get("restarts") or {}
     if run["parameters"]["clusters"] == "auto":
         steady = (metrics.get("auto") or {}).get("steady")
         other = (
@@ -306,10 +306,8 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
         )
     if quality:
         console.print(_quality(run["parameters"]["method"], quality))
-    if baseline.get("quality"):
-        console.print(_quality("k-means, same features", baseline["quality"]))
-    elif baseline.get("agreement") is not None:
-        console.print(f"k-means, same features: agrees with it to ARI {baseline['agreement']:.3f}")
+    for name, other in (("frozen", "before its last layers learned"), ("baseline", "k-means, same features")):
+        _show_beside(other, metrics.get(name) or {})
     if restarts.get("agreement") is not None:
         started = restarts.get("started", restarts["count"])
         chosen = f"{restarts['count']} of {started}" if started > restarts["count"] else restarts["count"]
@@ -317,6 +315,14 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
     for warning in metrics.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {escape(warning['message'])}")
     console.print(f"labels: {escape(str(output.resolve()))}", soft_wrap=True)
+
+
+def _show_beside(name: str, other: dict[str, Any]) -> None:
+    """Another grouping of the same images: its quality, or else how far it is like the run's."""
+    if other.get("quality"):
+        console.print(_quality(name, other["quality"]))
+    elif other.get("agreement") is not None:
+        console.print(f"{name}: agrees with it to ARI {other['agreement']:.3f}")
 
 
 def _quality(name: str, found: dict[str, float]) -> str:

@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     )
     checkpoint_s: Annotated[float, Field(gt=0)] = Field(
         default=30.0,
-        description="How often a training of a backbone saves its state, in seconds: what a killed one has to do again.",
+        description="How often a backbone that trains saves its state, in seconds: what a killed one has to do again.",
     )
     max_attempts: Annotated[int, Field(ge=1)] = Field(
         default=3, description="Attempts after which lost work has failed (`worker_lost`)."

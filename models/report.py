@@ -38,9 +38,13 @@ def describe(
     clusters: int,
     seed: int,
     baseline: tuple[str, Fit] | None,
+    frozen: Fit | None = None,
     truth: Sequence[str] | None,
 ) -> Grouping:
-    """Clusters by size, typical images, the merge tree, and the evidence."""
+    """Clusters by size, typical images, the merge tree, and the evidence.
+
+    `baseline` and `frozen`, what was found before the backbone learned it, stand beside the answer.
+    """
     name_K = by_size(fit.assignment.labels_N, clusters)
     assignment = fit.assignment.renamed(name_K)
     labels_N = assignment.labels_N
@@ -49,17 +53,15 @@ def describe(
     centre_KD = representatives.centres(fit.x_ND, labels_N, clusters)
     typicality_N = representatives.typicality(fit.x_ND, labels_N, centre_KD)
     tree = hierarchy.tree(fit.x_ND, labels_N, seed=seed)
-    compared = None
-    if baseline is not None:
-        name, other = baseline
-        compared = {
-            "method": name,
-            "agreement": float(adjusted_rand_score(other.assignment.labels_N, labels_N)),
-            **evidence_of(other, clusters, truth),
-        }
+
+    def beside(other: Fit) -> dict[str, Any]:
+        agreement = float(adjusted_rand_score(other.assignment.labels_N, labels_N))
+        return {"agreement": agreement, **evidence_of(other, clusters, truth)}
+
     found = {
         **evidence_of(fit, clusters, truth),
-        "baseline": compared,
+        "baseline": None if baseline is None else {"method": baseline[0], **beside(baseline[1])},
+        "frozen": None if frozen is None else beside(frozen),
         "tree": tree.to_dict(),
     }
     return Grouping(

@@ -116,7 +116,9 @@ def group(
 
     def describing() -> Generator[Step, None, Grouping]:
         yield Step(done=0, total=1)
-        described = describe(fit, clusters=clusters, seed=config.seed, baseline=baseline, truth=truth)
+        described = describe(
+            fit, clusters=clusters, seed=config.seed, baseline=baseline, frozen=job.frozen, truth=truth
+        )
         yield Step(done=1, total=1)
         return described
 
@@ -145,6 +147,7 @@ class _Job:
         self.threads, self.device, self.clock = threads, device, clock
         self.estimate: dict[str, Any] | None = None  # of the number of clusters
         self.clusters = cast("int", config.clusters)
+        self.frozen: Fit | None = None  # what a head found before the backbone learned it
 
     def train_head(self) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
         """Group by a head on frozen features; the answer, and the features."""
@@ -165,9 +168,9 @@ class _Job:
         config = yield from self.settle(features_NF)
         self.set_threads_of_heads()
         of_head = replace(config, train="head", epochs=None).resolved()
-        frozen = yield from self.clock.follow("heads", fit_head(of_head, features_NF, device=self.device))
+        self.frozen = yield from self.clock.follow("heads", fit_head(of_head, features_NF, device=self.device))
         torch.set_num_threads(self.threads)
-        objective = partial(SelfLabelling, frozen=frozen, features_NF=features_NF)
+        objective = partial(SelfLabelling, frozen=self.frozen, features_NF=features_NF)
         return (yield from self.train_backbone(objective, checkpoint, checkpoint_every_s, stop))
 
     def train_in_full(
@@ -204,15 +207,21 @@ class _Job:
             images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
             stop=stop,
         )
-        yield from self.clock.follow("training", training.run())
-        features_NF = training.features()
-        restarts = cast("int", self.config.restarts)
-        self.set_threads_of_heads()
-        with training.own_random():
-            fit = training.objective.answer(features_NF, seed=self.config.seed, restarts=restarts)
+        fit, features_NF = yield from self.clock.follow("training", self.answered(training))
         # New images can only be assigned by the backbone that was trained.
         state = {f"backbone.{name}": value.cpu().numpy() for name, value in training.network.state_dict().items()}
         return replace(fit, model={**fit.model, **state}), features_NF
+
+    def answered(self, training: full.Training) -> Generator[Step, None, tuple[Fit, np.ndarray]]:
+        """What the objective makes of the trained backbone's features, and those."""
+        yield from training.run()
+        features_NF = training.features()
+        self.set_threads_of_heads()
+        with training.own_random():
+            fit = training.objective.answer(
+                features_NF, seed=self.config.seed, restarts=cast("int", self.config.restarts)
+            )
+        return fit, features_NF
 
     def set_threads_of_heads(self) -> None:
         """Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.

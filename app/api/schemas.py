@@ -273,9 +273,10 @@ class ReportOut(BaseModel):
     parameters: dict[str, Any]
     provenance: dict[str, Any] | None
     metrics: dict[str, Any] = Field(
-        description="The evidence: `auto`, the number of clusters found and the sweep it came from; `restarts`, how "
-        "far the independent starts that answer agree, and how many had started; `baseline`, k-means on the same "
-        "features; `tree`, the merge tree with its levels; `calibration`; `warnings`; `quality`, "
-        "where true labels are known. What a run has not is missing or null."
+        description="The evidence: `auto`, the number of clusters found and the sweep it came from; `restarts`, "
+        "how far the independent starts that answer agree, and how many had started; `baseline`, k-means on the same "
+        "features; `frozen`, what a head found before the last layers of the backbone learned it; `tree`, the merge "
+        "tree with its levels; `calibration`; `warnings`; `quality`, where true labels are known. What a run has not "
+        "is missing or null."
     )
     sizes: list[int] = Field(description="Images in each cluster, by its number.")

@@ -63,10 +63,10 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_quality_prints_a_row_for_every_method(tmp_path, capsys):
     archive = small_archive(tmp_path, 24)
-    quality.main(["--data", str(archive), "--methods", "scl", "kmeans", "--seeds", "2"])
+    quality.main(["--data", str(archive), "--methods", "scl", "kmeans", "finetune", "--seeds", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "kinds: 24 images, 2 classes, seeds 0 to 1"
-    assert [line.split()[0] for line in lines[2:]] == ["method", "scl", "kmeans"]
+    assert [line.split()[0] for line in lines[2:]] == ["method", "scl", "kmeans", "finetune"]
     assert lines[3].split()[1:4] == ["1.000", "±", "0.000"]  # stripes and noise are easy
 
 

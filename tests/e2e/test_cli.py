@@ -88,6 +88,20 @@ def test_the_number_of_groups_is_found_where_it_is_left_open(service: str, tmp_p
     assert f"clusters found: {len({row['cluster'] for row in rows})}; why: {service}/v1/runs/" in done.stdout
 
 
+def test_the_last_layers_learn_what_a_head_found_where_that_is_asked(service: str, tmp_path: Path):
+    (tmp_path / "photos.zip").write_bytes(zip_of(two_kinds(40)))
+    done = kindred(
+        service,
+        *("cluster", "photos.zip", "-k", "2", "--train", "finetune", "--image-size", "64", "--truth", "folder"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    at = lines.index("scl: ACC 1.000  NMI 1.000  ARI 1.000")
+    assert lines[at + 1].startswith("before its last layers learned: ACC ")
+    assert lines[at + 2].startswith("k-means, same features: ACC ")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "clusters", "words"),
     [

@@ -4,14 +4,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
 
 from models import heads
 from models.config import Config, InputError
 from models.full import FullConfig, Stopped, Training
 from models.selflabelling import SelfLabelling, SelfLabellingConfig
-from models.train import group
+from models.train import group, save_model
 from tests.models.conftest import finish
 from tests.models.full_run import pictures
 
@@ -141,6 +143,14 @@ def test_a_pretrained_backbone_is_taught_what_heads_found(sources, tmp_path):
     assert list(dict.fromkeys(step.stage for step in steps)) == stages
     assert steps[-1].fraction == pytest.approx(1)
     assert [step.fraction for step in steps] == sorted(step.fraction for step in steps)
+    found = undisturbed.metrics["frozen"]
+    head = finish(group(Config(clusters=3, image_size=64, restarts=4, seed=1), sources, truth=truth))[1]
+    assert found["quality"] == head.metrics["quality"]
+    assert found["agreement"] == pytest.approx(adjusted_rand_score(head.labels_N, undisturbed.labels_N))
+    assert head.metrics["frozen"] is None
+    save_model(undisturbed, config, tmp_path / "model")
+    arrays = safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors")
+    assert {"centres", "axes", "backbone.body.layers._conv_head.weight"} <= set(arrays)
     asked = iter([False, True])
     with pytest.raises(Stopped):
         finish(group(config, sources, checkpoint=tmp_path / "kept", stop=lambda: next(asked, False)))
