@@ -66,7 +66,10 @@ MethodOption = Annotated[
 ]
 TrainOption = Annotated[
     Train | None,
-    typer.Option(help="head: the network stays as it is; full: it learns too. Unset: the method's usual way."),
+    typer.Option(
+        help="head: the network stays as it is; finetune: its last layers learn what the head found; full: all of it "
+        "learns. Unset: the method's usual way."
+    ),
 ]
 Backbone = Annotated[
     str | None, typer.Option(metavar="NAME", help=f"{', '.join(BACKBONES)}, or timm/NAME; unset: {BACKBONES[0]}.")

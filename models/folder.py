@@ -48,7 +48,11 @@ def parser() -> argparse.ArgumentParser:
         "--clusters", type=number, required=True, metavar="K", help="number of groups, 2 to 4096, or auto"
     )
     parser.add_argument("--method", default="scl", help=f"one of: {', '.join(METHODS)}; default scl")
-    parser.add_argument("--train", default="head", help="head: the backbone is frozen; full: it trains too")
+    parser.add_argument(
+        "--train",
+        default="head",
+        help="head: the backbone is frozen; finetune: its last layers learn too; full: all of it",
+    )
     parser.add_argument("--backbone", default="efficientnet_lite0", help=f"{', '.join(BACKBONES)} or timm/NAME")
     parser.add_argument("--weights", metavar="FILE", help="of the backbone; or random, to train in full from nothing")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same groups; default 0")
