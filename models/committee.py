@@ -36,6 +36,8 @@ class Committee:
         scores: of each restart, higher is better.
         images_each: images that a cluster saw in an epoch, on average.
         config: the terms' temperatures and the rule.
+        differ: share of images on which the two predictions differ, by which confidence is calibrated; None: as it
+            turns out.
 
     """
 
@@ -49,8 +51,9 @@ class Committee:
         scores: list[float],
         images_each: float,
         config: SclConfig,
+        differ: float | None = None,
     ) -> None:
-        self.images_each = images_each
+        self.images_each, self.differ = images_each, differ
         self.config, self.labels_RS, self.projection_RDD = config, labels_RS, projection_RDD
         self.reference = central(labels_RS, scores)
         clusters = centres_RKD.shape[1]
@@ -80,8 +83,9 @@ class Committee:
         # Images from all over the collection tell how often the predictions differ.
         stride = -(-len(z_ND) // SURVEYED)
         surveyed = list(self.predictions(z_ND[::stride], neighbours_NM[::stride]))
-        differ = np.concatenate([(p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).cpu().numpy() for p_BK, q_BK in surveyed])
-        rule, temperature = self.config.rule, calibrated_temperature(float(differ.mean()), self.images_each)
+        differ_B = np.concatenate([(p_BK.argmax(dim=1) != q_BK.argmax(dim=1)).cpu().numpy() for p_BK, q_BK in surveyed])
+        differ = float(differ_B.mean()) if self.differ is None else self.differ
+        rule, temperature = self.config.rule, calibrated_temperature(differ, self.images_each)
         if stride == 1:
             return concatenate([assign(p_BK, q_BK, rule=rule, temperature=temperature) for p_BK, q_BK in surveyed])
 

@@ -94,12 +94,14 @@ def train(
     seed: int,
     device: str = "cpu",
     config: HeadConfig | None = None,
+    differ: float | None = None,
 ) -> Generator[Step, None, Fit]:
     """Train `restarts` heads from different starts on frozen features; the best third of them together give the answer.
 
     They are chosen after half of the epochs, without labels, and the others are trained no further. Nothing is
     quadratic in N: heads train on a sample where there are very many images, and an image outside of it is assigned by
-    the boundaries and by its neighbours inside.
+    the boundaries and by its neighbours inside. `differ` is the share of images on which predictions differ that
+    confidence is calibrated by, where features know more of their own labels than they should.
     """
     config = config or HeadConfig()
     axes, sample_S, wanted = directions(features_NF, clusters=clusters, seed=seed, config=config, device=device)
@@ -151,6 +153,7 @@ def train(
         scores=scores,
         images_each=config.drawn(len(z_SD), clusters) / clusters,
         config=config,
+        differ=differ,
     )
     neighbours_NM = neighbours_SM if len(z_SD) == len(z_ND) else voters(z_SD, z_ND, neighbours_SM.shape[1])
     assignment = committee.answer(z_ND, neighbours_NM)

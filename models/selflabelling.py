@@ -55,6 +55,7 @@ class SelfLabelling(Objective):
     trained_share = 1 / 3
     own_statistics = False
 
+    differ: Tensor
     label_N: Tensor
     trust_N: Tensor
     mean_F: Tensor
@@ -74,6 +75,7 @@ class SelfLabelling(Objective):
         super().__init__(feature_size=feature_size, images=images, clusters=clusters, epochs=epochs)
         self.config = replace(config or SelfLabellingConfig(), restarts=frozen.started)
         said = frozen.assignment
+        self.register_buffer("differ", torch.tensor(1 - said.consensus_N.mean(), dtype=torch.float64))
         self.register_buffer("label_N", torch.from_numpy(said.labels_N).long())
         self.register_buffer("trust_N", torch.from_numpy(said.confidence_N * said.consensus_N).float())
         self.register_buffer("mean_F", torch.from_numpy(frozen.model["mean"]))
@@ -103,9 +105,18 @@ class SelfLabelling(Objective):
         return consistency(target_BK, logits_VBK, self.trust_N[rows_B]).mean(), {"kept": kept}
 
     def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
-        """The consensus of heads on what the features have become."""
-        device = str(self.centres_KD.device)
+        """The consensus of heads on what the features have become.
+
+        These have learned their labels, so the two predictions differ less than they should: how sure to be is told by
+        how often they differed before.
+        """
         steps = heads.train(
-            features_NF, clusters=self.clusters, epochs=heads.EPOCHS, restarts=restarts, seed=seed, device=device
+            features_NF,
+            clusters=self.clusters,
+            epochs=heads.EPOCHS,
+            restarts=restarts,
+            seed=seed,
+            device=str(self.centres_KD.device),
+            differ=self.differ.item(),
         )
         return finish(steps)

@@ -291,7 +291,7 @@ def test_features_of_a_backbone_are_those_of_the_cpu(name):
     assert ((found * expected).sum(axis=1) / lengths).min() > 0.995
 
 
-@pytest.mark.parametrize("train", ["head", "full"])
+@pytest.mark.parametrize("train", ["head", "finetune", "full"])
 def test_a_collection_is_grouped_from_its_files(train, tmp_path):
     files = two_kinds(40)
     sources, truth = [], []
