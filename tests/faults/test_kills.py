@@ -19,9 +19,10 @@ from tests.waiting import wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1500)]
 
 HEAD = {"epochs": 8, "restarts": 2, "seed": 3}
+FINETUNE = {"train": "finetune", "image_size": 64, "epochs": 60, "restarts": 2, "seed": 3}
 # What a step may take at the worst, its checkpoint included, on a machine with other work.
 STEP_S = 1.0
-KILLS = {"head": 20, "full": 20} if FULL else {"head": 2, "full": 4}
+KILLS = {"head": 20, "finetune": 10, "full": 20 if FULL else 4}
 
 
 def saved_at(stack: Stack, run_id: str) -> float | None:
@@ -63,7 +64,11 @@ def trainer_of(stack: Stack, worker: Process, run_id: str, attempt: int) -> psut
 
 @pytest.mark.parametrize(
     ("train", "parameters"),
-    [pytest.param("head", HEAD, marks=only_in_full, id="head"), pytest.param("full", WHOLE, id="full")],
+    [
+        pytest.param("head", HEAD, marks=only_in_full, id="head"),
+        pytest.param("finetune", FINETUNE, marks=only_in_full, id="finetune"),
+        pytest.param("full", WHOLE, id="full"),
+    ],
 )
 def test_kills_at_random_moments(
     stack: Stack, collection: str, undisturbed: Undisturbed, seen: Seen, train: str, parameters: dict[str, object]

@@ -83,6 +83,19 @@ def test_a_cluster_without_images_has_a_direction_too(blobs, found):
     torch.testing.assert_close(objective.centres_KD.detach().norm(dim=1), torch.ones(6))
 
 
+def test_how_sure_to_be_is_told_by_how_often_predictions_differed_before(blobs, found):
+    answers = []
+    for agreed_N in (np.ones(240, bool), np.arange(240) % 2 > 0):
+        assignment = replace(found.assignment, consensus_N=agreed_N)
+        objective = made(blobs[0], replace(found, assignment=assignment))
+        answers.append(objective.answer(blobs[0], seed=0, restarts=2).assignment)
+    sure, unsure = answers
+    assert np.array_equal(sure.labels_N, unsure.labels_N)
+    assert unsure.confidence_N.mean() < sure.confidence_N.mean() - 0.01
+    steps = heads.train(blobs[0], clusters=6, epochs=heads.EPOCHS, restarts=2, seed=0, differ=0.5)
+    assert np.array_equal(finish(steps)[1].assignment.confidence_N, unsure.confidence_N)
+
+
 def test_only_the_last_third_of_the_layers_learns():
     pixels_NSSC, kind_N = pictures(48, 64)
     features_NF = (
