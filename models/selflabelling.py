@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
-from models import heads
+from models import heads, space
 from models.fit import Fit
 from models.limits import check_below_one, check_positive
 from models.objective import Objective
@@ -80,9 +80,7 @@ class SelfLabelling(Objective):
         self.register_buffer("trust_N", torch.from_numpy(said.confidence_N * said.consensus_N).float())
         self.register_buffer("mean_F", torch.from_numpy(frozen.model["mean"]))
         self.register_buffer("axes_FD", torch.from_numpy(frozen.model["axes"]))
-        x_ND = torch.cat(
-            [self.embed(torch.from_numpy(block)) for block in np.array_split(features_NF, -(-images // 8192))]
-        )
+        x_ND = torch.cat([self.embed(block_BF) for block_BF in space.unit_blocks(features_NF)])
         sum_KD = torch.zeros(clusters, x_ND.shape[1]).index_add_(0, self.label_N, x_ND)
         # An empty cluster, which nothing is taught to be, still needs a direction.
         empty_K1 = (torch.bincount(self.label_N, minlength=clusters) == 0).unsqueeze(1)
