@@ -304,7 +304,7 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     head_s = images * 3e-5 + restarts / 2 * (start_s + head_epochs * 2 / 3 * epoch_s)
     training_s = k_means_s
     if config.train != "head":
-        training_s = epochs * squares * (0.025 if config.train == "finetune" else 0.05)
+        training_s = epochs * squares * (0.035 if config.train == "finetune" else 0.05)
     elif config.method == "scl":
         training_s = head_s
     elif config.method in ("temi", "scan"):
