@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
+from torch import Tensor
 
 from models.assign import Assignment
 
@@ -27,6 +29,14 @@ class Fit:
 def seed_of(seed: int, restart: int) -> int:
     """An independent seed for every restart of a run."""
     return int(np.random.SeedSequence((seed, restart)).generate_state(1)[0])
+
+
+def draw(images: int, most: int, *, seed: int) -> Tensor:
+    """Indices of at most `most` images, in their order, shape (S,)."""
+    if images <= most:
+        return torch.arange(images)
+    generator = torch.Generator().manual_seed(seed_of(seed, 2**20))
+    return torch.randperm(images, generator=generator)[:most].sort().values
 
 
 def agreement(labels: Sequence[np.ndarray]) -> float | None:

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize, softmax
 from models import space, starts
 from models.adam import Adam
 from models.committee import Committee
-from models.fit import Fit, agreement, likeness, seed_of
+from models.fit import Fit, agreement, draw, likeness, seed_of
 from models.limits import check_positive, check_share
 from models.progress import Step
 from models.scl import (
@@ -89,9 +89,9 @@ def train(
     features_NF: np.ndarray,
     *,
     clusters: int,
-    epochs: int,
     restarts: int,
     seed: int,
+    epochs: int = EPOCHS,
     device: str = "cpu",
     config: HeadConfig | None = None,
     differ: float | None = None,
@@ -392,11 +392,3 @@ def costs_s(images: int, clusters: int, config: HeadConfig) -> tuple[float, floa
     """Rough seconds of a core for a restart's start, and for an epoch of it: they only shape the progress bar."""
     pieces, seen = starts.sizes(images, clusters, most=config.start_images)
     return 7e-7 * seen * pieces, config.drawn(images, clusters) / config.batch * (0.003 + 8e-5 * clusters)
-
-
-def draw(images: int, most: int, *, seed: int) -> Tensor:
-    """Indices of at most `most` images, in their order, shape (S,)."""
-    if images <= most:
-        return torch.arange(images)
-    generator = torch.Generator().manual_seed(seed_of(seed, 2**20))
-    return torch.randperm(images, generator=generator)[:most].sort().values

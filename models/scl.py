@@ -229,16 +229,8 @@ class Scl(Objective):
         """The consensus of heads on the trained features: their boundaries are drawn anew, from several starts."""
         from models import heads  # noqa: PLC0415  # heads are made of the terms above
 
-        x_ND = self.layers(features_NF)[self.config.layer]
-        steps = heads.train(
-            x_ND,
-            clusters=self.clusters,
-            epochs=heads.EPOCHS,
-            restarts=restarts,
-            seed=seed,
-            device=str(self.centres_KD.device),
-        )
-        return finish(steps)
+        x_ND, device = self.layers(features_NF)[self.config.layer], str(self.centres_KD.device)
+        return finish(heads.train(x_ND, clusters=self.clusters, restarts=restarts, seed=seed, device=device))
 
     @torch.no_grad()
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:

@@ -108,13 +108,8 @@ class SelfLabelling(Objective):
         These have learned their labels, so the two predictions differ less than they should: how sure to be is told by
         how often they differed before.
         """
+        differ, device = self.differ.item(), str(self.centres_KD.device)
         steps = heads.train(
-            features_NF,
-            clusters=self.clusters,
-            epochs=heads.EPOCHS,
-            restarts=restarts,
-            seed=seed,
-            device=str(self.centres_KD.device),
-            differ=self.differ.item(),
+            features_NF, clusters=self.clusters, restarts=restarts, seed=seed, device=device, differ=differ
         )
         return finish(steps)

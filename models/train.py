@@ -97,13 +97,20 @@ def group(
     faiss.omp_set_num_threads(threads)
     clock = Clock(expected_cost_s(config, len(sources)))
     with distributed.process_group(device) as own_device:
-        job = _Job(config, sources, cache_dir=cache_dir, threads=threads, device=own_device, clock=clock)
+        job = _Job(
+            config,
+            sources,
+            cache_dir=cache_dir,
+            threads=threads,
+            device=own_device,
+            clock=clock,
+            checkpoint=checkpoint,
+            checkpoint_every_s=checkpoint_every_s,
+            stop=stop,
+        )
         try:
-            if config.train == "head":
-                fit, features_NF = yield from job.train_head()
-            else:
-                way = job.finetune if config.train == "finetune" else job.train_in_full
-                fit, features_NF = yield from way(checkpoint, checkpoint_every_s, stop)
+            way = {"head": job.train_head, "finetune": job.finetune, "full": job.train_in_full}[config.train]
+            fit, features_NF = yield from way()
         except UnreadableImageError as error:
             raise InputError(str(error)) from error
     clusters = job.clusters
@@ -142,9 +149,13 @@ class _Job:
         threads: int,
         device: str,
         clock: Clock,
+        checkpoint: Path | None,
+        checkpoint_every_s: float,
+        stop: Callable[[], bool] | None,
     ) -> None:
         self.config, self.sources, self.cache_dir = config, sources, cache_dir
         self.threads, self.device, self.clock = threads, device, clock
+        self.checkpoint, self.checkpoint_every_s, self.stop = checkpoint, checkpoint_every_s, stop
         self.estimate: dict[str, Any] | None = None  # of the number of clusters
         self.clusters = cast("int", config.clusters)
         self.frozen: Fit | None = None  # what a head found before the backbone learned it
@@ -160,9 +171,7 @@ class _Job:
         fit = yield from self.clock.follow("training", fit_head(config, rows_NF, device=self.device))
         return fit, features_NF
 
-    def finetune(
-        self, checkpoint: Path | None, checkpoint_every_s: float, stop: Callable[[], bool] | None
-    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+    def finetune(self) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
         """Group by a head on frozen features first, and teach the last layers of the backbone what it found."""
         features_NF = yield from self.features()
         config = yield from self.settle(features_NF)
@@ -171,24 +180,15 @@ class _Job:
         self.frozen = yield from self.clock.follow("heads", fit_head(of_head, features_NF, device=self.device))
         torch.set_num_threads(self.threads)
         objective = partial(SelfLabelling, frozen=self.frozen, features_NF=features_NF)
-        return (yield from self.train_backbone(objective, checkpoint, checkpoint_every_s, stop))
+        return (yield from self.train_backbone(objective))
 
-    def train_in_full(
-        self, checkpoint: Path | None, checkpoint_every_s: float, stop: Callable[[], bool] | None
-    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+    def train_in_full(self) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
         """Group by a whole backbone that trains too."""
         if self.config.clusters == "auto":
             yield from self.settle((yield from self.features()))
-        objective = OBJECTIVES[self.config.method]
-        return (yield from self.train_backbone(objective, checkpoint, checkpoint_every_s, stop))
+        return (yield from self.train_backbone(OBJECTIVES[self.config.method]))
 
-    def train_backbone(
-        self,
-        objective: ObjectiveFactory,
-        checkpoint: Path | None,
-        checkpoint_every_s: float,
-        stop: Callable[[], bool] | None,
-    ) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
+    def train_backbone(self, objective: ObjectiveFactory) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
         """Train by this objective; its answer, and the features of the trained backbone."""
         pixels_NSSC = yield from self.clock.follow("pixels", self.pixels(self.config.image_size))
         check_distinct(self.clusters, pixels_NSSC.reshape(len(pixels_NSSC), -1), "pixel by pixel")
@@ -201,11 +201,11 @@ class _Job:
             epochs=cast("int", self.config.epochs),
             seed=self.config.seed,
             device=self.device,
-            checkpoint_dir=checkpoint,
+            checkpoint_dir=self.checkpoint,
             replace=True,
-            checkpoint_every_s=checkpoint_every_s,
+            checkpoint_every_s=self.checkpoint_every_s,
             images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
-            stop=stop,
+            stop=self.stop,
         )
         fit, features_NF = yield from self.clock.follow("training", self.answered(training))
         # New images can only be assigned by the backbone that was trained.

@@ -10,7 +10,7 @@ from sklearn.preprocessing import normalize
 
 from models import committee, heads, space, starts
 from models.committee import Committee
-from models.fit import seed_of
+from models.fit import draw, seed_of
 from models.heads import HeadConfig
 from tests.models.conftest import finish
 
@@ -326,7 +326,7 @@ def test_an_image_of_which_too_few_neighbours_are_found(monkeypatch):
     rng = np.random.default_rng(0)
     different = rng.normal(size=(400, 64)).astype(np.float16)
     features_NF = different[np.minimum(rng.zipf(1.3, 6000) - 1, 399)]
-    sample = heads.draw(6000, 3000, seed=0).numpy()
+    sample = draw(6000, 3000, seed=0).numpy()
     searched = np.ascontiguousarray(features_NF[sample].astype(np.float32))
     assert (space.search(searched, features_NF.astype(np.float32), 16) < 0).any()
     config = HeadConfig(sample=3000)

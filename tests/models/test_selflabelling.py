@@ -96,13 +96,13 @@ def test_how_sure_to_be_is_told_by_how_often_predictions_differed_before(blobs, 
     assert np.array_equal(finish(steps)[1].assignment.confidence_N, unsure.confidence_N)
 
 
-def test_only_the_last_third_of_the_layers_learns():
-    pixels_NSSC, kind_N = pictures(48, 64)
-    features_NF = (
-        np.random.default_rng(0).random((48, 1280), np.float32) + 3 * np.eye(3, 1280, dtype=np.float32)[kind_N]
-    )
+def ready(images, **config):
+    """The images, and a training that is about to teach the backbone what heads found in some features."""
+    pixels_NSSC, kind_N = pictures(images, 64)
+    noise_NF = np.random.default_rng(0).random((images, 1280), np.float32)
+    features_NF = noise_NF + 3 * np.eye(3, 1280, dtype=np.float32)[kind_N]
     found = finish(heads.train(features_NF, clusters=3, epochs=2, restarts=2, seed=0))[1]
-    training = Training(
+    return pixels_NSSC, Training(
         pixels_NSSC,
         objective=partial(SelfLabelling, frozen=found, features_NF=features_NF),
         backbone="efficientnet_lite0",
@@ -110,8 +110,12 @@ def test_only_the_last_third_of_the_layers_learns():
         clusters=3,
         epochs=1,
         seed=0,
-        config=FullConfig(batch=16),
+        config=FullConfig(batch=16, **config),
     )
+
+
+def test_only_the_last_third_of_the_layers_learns():
+    _, training = ready(48)
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
     for _ in training.run():
         pass
@@ -123,19 +127,7 @@ def test_only_the_last_third_of_the_layers_learns():
 
 
 def test_features_are_those_of_the_trained_network():
-    pixels_NSSC, kind_N = pictures(40, 64)
-    features_NF = np.random.default_rng(0).random((40, 1280), np.float32) + np.eye(3, 1280, dtype=np.float32)[kind_N]
-    found = finish(heads.train(features_NF, clusters=3, epochs=1, restarts=1, seed=0))[1]
-    training = Training(
-        pixels_NSSC,
-        objective=partial(SelfLabelling, frozen=found, features_NF=features_NF),
-        backbone="efficientnet_lite0",
-        weights=None,
-        clusters=3,
-        epochs=1,
-        seed=0,
-        config=FullConfig(batch=16, precision="float32", pretrained_learning_rate=1e-3),
-    )
+    pixels_NSSC, training = ready(40, precision="float32", pretrained_learning_rate=1e-3)
     before_NF = training.features()
     for _ in training.run():
         pass
