@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.archives import Selection, frozen_features, unpack
+from benchmarks.quality import spread
 from models import heads
 from models.config import METHODS
 from models.heads import HeadConfig
@@ -100,14 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells, means = [], []
         for features_NF, truth in sets:
             found = [score(features_NF, truth, variant, seed) for seed in range(options.seeds)]
-            acc = [each["acc"] for each in found]
-            means.append(statistics.mean(acc))
-            deviation = statistics.stdev(acc) if len(acc) > 1 else 0.0
-            rest = ", ".join(f"{statistics.mean(each[name] for each in found):.3f}" for name in ("nmi", "ari"))
-            cells.append(f"{means[-1]:.3f} ± {deviation:.3f}, {rest}")
+            means.append(statistics.mean(each["acc"] for each in found))
+            cells.append(cell(found))
         mean = statistics.mean(means)
         whole = mean if whole is None else whole
         print(" | ".join([name, *cells, f"{mean:.3f} ({mean - whole:+.3f})"]), flush=True)
+
+
+def cell(found: Sequence[dict[str, float]]) -> str:
+    """ACC with its deviation between the seeds, NMI and ARI."""
+    rest = (f"{statistics.mean(each[name] for each in found):.3f}" for name in ("nmi", "ari"))
+    return ", ".join([spread([each["acc"] for each in found]), *rest])
 
 
 def features(selection: Selection) -> tuple[np.ndarray, list[str]]:
