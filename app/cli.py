@@ -44,6 +44,8 @@ STAGES = {
     "heads": "finding groups to teach",
     "pixels": "decoding images",
     "training": "training",
+    "encoding": "looking at images with what was learned",
+    "answer": "finding groups in what was learned",
     "baseline": "comparing with k-means",
     "representatives": "choosing representatives",
     "done": "done",

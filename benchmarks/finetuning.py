@@ -151,10 +151,8 @@ def run(folder: Path, seed: int, names: Sequence[str]) -> dict[str, dict[str, fl
             seed=seed,
         )
         finish(training.run())
-        trained_NF = training.features()
-        with training.own_random():
-            answer = training.objective.answer(trained_NF, seed=seed, restarts=RESTARTS)
-        found[name] = quality(truth, answer.assignment.labels_N)
+        steps = training.objective.answer(finish(training.features()), seed=seed, restarts=RESTARTS)
+        found[name] = quality(truth, finish(steps).assignment.labels_N)
     return found
 
 

@@ -126,7 +126,7 @@ def run(
 
     trained_s = trained_cpu_s = 0.0
     if pretrained:
-        on_it = training.objective.answer(training.features(), seed=seed, restarts=RESTARTS)
+        on_it = finish(training.objective.answer(finish(training.features()), seed=seed, restarts=RESTARTS))
         found("head", epochs, on_it.assignment.labels_N)
     seen, started, started_cpu = 0, time.perf_counter(), time.process_time()
     for step in training.run():
@@ -137,7 +137,7 @@ def run(
         if epoch in marked:
             trained_s += time.perf_counter() - started
             trained_cpu_s += time.process_time() - started_cpu
-            for layer, labels_N in answers(method, training.objective, training.features(), seed).items():
+            for layer, labels_N in answers(method, training.objective, finish(training.features()), seed).items():
                 found(layer, epoch, labels_N)
             started, started_cpu = time.perf_counter(), time.process_time()
     return rows
@@ -151,7 +151,7 @@ def answers(method: str, objective: Objective, features_NF: np.ndarray, seed: in
             steps = kmeans.train(x_ND, clusters=objective.clusters, epochs=300, restarts=10, seed=seed)
             found[f"simclr, k-means on {name}"] = finish(steps).assignment.labels_N
     else:
-        found[method] = objective.answer(features_NF, seed=seed, restarts=RESTARTS).assignment.labels_N
+        found[method] = finish(objective.answer(features_NF, seed=seed, restarts=RESTARTS)).assignment.labels_N
     if method != "scl":
         own = heads.train(
             space.unit(features_NF), clusters=objective.clusters, epochs=heads.EPOCHS, restarts=RESTARTS, seed=seed

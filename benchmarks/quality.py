@@ -34,6 +34,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+TRAINING = ("heads", "pixels", "training", "encoding", "answer")  # the stages that belong to it
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one run of one method came to."""
@@ -121,7 +124,7 @@ def outcomes(
                 both=float(both_N.mean()),
                 right_both=share(right_N[both_N]),
                 right_else=share(right_N[~both_N]),
-                seconds=sum(grouping.metrics["seconds"].get(stage, 0.0) for stage in ("heads", "pixels", "training")),
+                seconds=sum(grouping.metrics["seconds"].get(stage, 0.0) for stage in TRAINING),
                 labels_N=grouping.labels_N,
                 peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             )

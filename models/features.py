@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from models.files import write_atomically
 from models.progress import Step
 
 log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
 
 BATCH = 32
 PART = 1024
@@ -95,14 +98,14 @@ def extract(
 
 
 def by_threads(
-    work: Callable[[Sequence[Source]], np.ndarray], sources: Sequence[Source], *, threads: int
-) -> Iterator[tuple[Sequence[Source], np.ndarray]]:
-    """Batches of sources with what `work` makes of each, in order; every thread has a batch of its own."""
+    work: Callable[[Sequence[Item]], np.ndarray], items: Sequence[Item], *, threads: int
+) -> Iterator[tuple[Sequence[Item], np.ndarray]]:
+    """Batches of items with what `work` makes of each, in order; every thread has a batch of its own."""
     with ThreadPoolExecutor(threads, thread_name_prefix="batch") as pool:
-        ahead: deque[tuple[Sequence[Source], Future[np.ndarray]]] = deque()
+        ahead: deque[tuple[Sequence[Item], Future[np.ndarray]]] = deque()
         try:
-            for start in range(0, len(sources), BATCH):
-                batch = sources[start : start + BATCH]
+            for start in range(0, len(items), BATCH):
+                batch = items[start : start + BATCH]
                 ahead.append((batch, pool.submit(work, batch)))
                 if len(ahead) > 2 * threads:
                     ready, future = ahead.popleft()

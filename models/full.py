@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import backbones, checkpoint, distributed, features, networks, optimisers, views
+from models import backbones, checkpoint, distributed, features, networks, optimisers, space, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import seed_of
@@ -287,7 +287,7 @@ class Training:
         return torch.autocast(self.device.split(":", maxsplit=1)[0], dtype=torch.bfloat16, enabled=half)
 
     @torch.no_grad()
-    def features(self) -> np.ndarray:
+    def features(self) -> Generator[Step, None, np.ndarray]:
         """Features of every image as it is, float32 of shape (N, F), on every process.
 
         Raises:
@@ -296,20 +296,27 @@ class Training:
         """
         self.network.eval()
         own_R = torch.arange(len(self.pixels_NSSC)).tensor_split(distributed.world_size())[distributed.rank()]
+        parts: list[Tensor] = []
+        for features_BF in self.encoded(own_R.tolist()):
+            parts.append(features_BF)
+            yield Step(done=sum(map(len, parts)), total=len(own_R))
+        return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
+
+    def encoded(self, rows_R: list[int]) -> Iterator[Tensor]:
+        """Features of these images, some at a time."""
         threads, size = torch.get_num_threads(), self.pixels_NSSC.shape[1]
         fast = backbones.fast_encoder(self.network, image_size=size, threads=threads, device=self.device)
         if fast is None:
-            parts = [self.encode(self.own_pixels(rows_B)) for rows_B in torch.split(own_R, ENCODE_BATCH)]
+            for some in space.blocks(len(rows_R), ENCODE_BATCH):
+                yield self.encode(self.own_pixels(rows_R[some]))
         else:
-            with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
-                found = pool.map(lambda rows_B: fast(self.own_pixels(rows_B)), torch.split(own_R, features.BATCH))
-                parts = [torch.from_numpy(features_BF) for features_BF in found]
-        return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
+            batches = features.by_threads(lambda rows_B: fast(self.own_pixels(rows_B)), rows_R, threads=threads)
+            yield from (torch.from_numpy(features_BF) for _, features_BF in batches)
 
-    def own_pixels(self, rows_B: Tensor) -> np.ndarray:
+    def own_pixels(self, rows_B: Sequence[int]) -> np.ndarray:
         if self.stop():
             raise Stopped("stopped while the images were encoded")
-        pixels_BSSC: np.ndarray = self.pixels_NSSC[rows_B.numpy()]
+        pixels_BSSC: np.ndarray = self.pixels_NSSC[rows_B]
         return pixels_BSSC
 
     def encode(self, pixels_BSSC: np.ndarray) -> Tensor:

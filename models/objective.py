@@ -6,7 +6,7 @@ D dimensions, K clusters.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Generator, Hashable
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import space
 from models.fit import Fit
+from models.progress import Step
 
 # How far a view is from its image: "strong" as SimCLR's, "weak" a slight crop and a flip, "plain" the image itself.
 Strength = Literal["strong", "weak", "plain"]
@@ -68,8 +69,11 @@ class Objective(nn.Module, ABC):
         """Called after the optimiser's step: move the memory, the running means, the targets."""
 
     @abstractmethod
-    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
-        """The grouping, from the float32 features of every image without augmentation, after the training."""
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
+        """The grouping, from the float32 features of every image without augmentation, after the training.
+
+        What is random in it follows from `seed` alone.
+        """
 
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:
         """Unit vectors (N, D) of every layer that a grouping could be made on, by the layer's name."""

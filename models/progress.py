@@ -21,7 +21,7 @@ class Step:
 class Progress:
     """How far a grouping is; `fraction` never falls."""
 
-    stage: str  # "features", "auto", "heads", "pixels", "training", "baseline" or "representatives"
+    stage: str  # one of those of `models.train.expected_cost_s`
     done: int  # within the stage
     total: int
     fraction: float  # of the whole job, 0 to 1, by expected cost

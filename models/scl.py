@@ -10,6 +10,7 @@ Letters in shapes: N images, V views, B batch, X = VB, C candidates, F features 
 K clusters, M neighbours; `...` stands for leading dimensions or for none.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from models.assign import Rule
 from models.fit import Fit
 from models.limits import check_below_one, check_not_negative, check_positive, check_share
 from models.objective import Objective
-from models.progress import finish
+from models.progress import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +226,12 @@ class Scl(Objective):
         if mean_K is not None:
             self.mean_K.mul_(0.9).add_(mean_K, alpha=0.1)
 
-    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
         """The consensus of heads on the trained features: their boundaries are drawn anew, from several starts."""
         from models import heads  # noqa: PLC0415  # heads are made of the terms above
 
         x_ND, device = self.layers(features_NF)[self.config.layer], str(self.centres_KD.device)
-        return finish(heads.train(x_ND, clusters=self.clusters, restarts=restarts, seed=seed, device=device))
+        return heads.train(x_ND, clusters=self.clusters, restarts=restarts, seed=seed, device=device)
 
     @torch.no_grad()
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,7 +8,9 @@ become answer anew. Teaching a network its own confident labels on strong views 
 Letters in shapes: N images, V views, B batch, F features of the backbone, D dimensions, K clusters.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from torch.nn.functional import normalize, one_hot
 from models import heads, space
 from models.fit import Fit
 from models.limits import check_below_one, check_positive
-from models.objective import Objective
-from models.progress import finish
+from models.objective import Objective, Strength
+from models.progress import Step
 from models.scl import boundary_logits, consistency
 
 
@@ -50,7 +52,7 @@ class SelfLabelling(Objective):
 
     """
 
-    view_strengths = ("strong",)
+    view_strengths: ClassVar[tuple[Strength, ...]] = ("strong",)
     # The first layers see edges and colours, whatever the collection is of.
     trained_share = 1 / 3
     own_statistics = False
@@ -102,14 +104,13 @@ class SelfLabelling(Objective):
             kept = (logits_VBK.argmax(dim=2) == self.label_N[rows_B]).float().mean()
         return consistency(target_BK, logits_VBK, self.trust_N[rows_B]).mean(), {"kept": kept}
 
-    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
         """The consensus of heads on what the features have become.
 
         These have learned their labels, so the two predictions differ less than they should: how sure to be is told by
         how often they differed before.
         """
         differ, device = self.differ.item(), str(self.centres_KD.device)
-        steps = heads.train(
+        return heads.train(
             features_NF, clusters=self.clusters, restarts=restarts, seed=seed, device=device, differ=differ
         )
-        return finish(steps)

@@ -207,21 +207,16 @@ class _Job:
             images_digest=sha256("\n".join(source.key for source in self.sources).encode()).hexdigest(),
             stop=self.stop,
         )
-        fit, features_NF = yield from self.clock.follow("training", self.answered(training))
+        yield from self.clock.follow("training", training.run())
+        features_NF = yield from self.clock.follow("encoding", training.features())
+        self.set_threads_of_heads()
+        steps = training.objective.answer(
+            features_NF, seed=self.config.seed, restarts=cast("int", self.config.restarts)
+        )
+        fit = yield from self.clock.follow("answer", steps)
         # New images can only be assigned by the backbone that was trained.
         state = {f"backbone.{name}": value.cpu().numpy() for name, value in training.network.state_dict().items()}
         return replace(fit, model={**fit.model, **state}), features_NF
-
-    def answered(self, training: full.Training) -> Generator[Step, None, tuple[Fit, np.ndarray]]:
-        """What the objective makes of the trained backbone's features, and those."""
-        yield from training.run()
-        features_NF = training.features()
-        self.set_threads_of_heads()
-        with training.own_random():
-            fit = training.objective.answer(
-                features_NF, seed=self.config.seed, restarts=cast("int", self.config.restarts)
-            )
-        return fit, features_NF
 
     def set_threads_of_heads(self) -> None:
         """Threads wait for each other longer than they compute on few clusters: ten times longer on a busy machine.
@@ -302,9 +297,12 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     start_s, epoch_s = heads.costs_s(images, clusters, heads.HeadConfig())
     head_epochs = epochs if config.train == "head" else heads.EPOCHS
     head_s = images * 3e-5 + restarts / 2 * (start_s + head_epochs * 2 / 3 * epoch_s)
+    encoding_s = answer_s = 0.0
     training_s = k_means_s
     if config.train != "head":
-        training_s = epochs * squares * (0.035 if config.train == "finetune" else 0.05)
+        training_s = epochs * squares * (0.025 if config.train == "finetune" else 0.05)
+        encoding_s = 0.1 + squares * 0.007
+        answer_s = head_s if config.method == "scl" else k_means_s
     elif config.method == "scl":
         training_s = head_s
     elif config.method in ("temi", "scan"):
@@ -317,6 +315,8 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
         "heads": head_s if config.train == "finetune" else 0.0,
         "pixels": pixels_s,
         "training": 0.1 + training_s,
+        "encoding": encoding_s,
+        "answer": answer_s,
         "baseline": k_means_s if config.method != BASELINE else 0.0,
         "representatives": 0.1 + images * 5e-5,
     }

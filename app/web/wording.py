@@ -15,6 +15,8 @@ STAGES = {
     "heads": "Finding the clusters to teach",
     "pixels": "Decoding every image",
     "training": "Learning the clusters",
+    "encoding": "Looking again with what was learned",
+    "answer": "Finding the clusters in it",
     "baseline": "Comparing with plain k-means",
     "representatives": "Choosing representative images",
 }

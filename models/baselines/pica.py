@@ -12,6 +12,7 @@ Letters in shapes: N images, V views, B batch, F features of the backbone, K clu
 """
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from models.baselines.vote import confirm, likeliest
 from models.fit import Fit
 from models.limits import check_not_negative
 from models.objective import Objective, Strength
+from models.progress import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,10 @@ class Pica(Objective):
         return uncertainty + self.config.balance_weight * uneven, details
 
     @torch.no_grad()
-    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
         """What the head says; there is nothing to start again."""
         del seed, restarts
+        yield Step(done=0, total=1)
 
         def predict(rows_B: slice) -> Tensor:
             h_BF = torch.from_numpy(features_NF[rows_B]).to(self.head.weight.device)

@@ -4,6 +4,7 @@ Representations", ICML 2020), whose features are grouped after the training.
 Letters in shapes: N images, V views, B batch, X = 2B, F features of the backbone, D of the projection.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ from models.baselines import kmeans
 from models.fit import Fit
 from models.limits import check_positive
 from models.objective import Objective
-from models.progress import finish
+from models.progress import Step
 
 BLOCK = 8192
 
@@ -57,10 +58,9 @@ class Simclr(Objective):
         x_VBD = normalize(self.projection(h_VBF), dim=2)
         return nt_xent(x_VBD[0], x_VBD[1], temperature=self.config.temperature), {}
 
-    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Fit:
+    def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
         x_ND = self.layers(features_NF)[self.config.layer]
-        steps = kmeans.train(x_ND, clusters=self.clusters, epochs=self.config.rounds, restarts=restarts, seed=seed)
-        return finish(steps)
+        return kmeans.train(x_ND, clusters=self.clusters, epochs=self.config.rounds, restarts=restarts, seed=seed)
 
     @torch.no_grad()
     def layers(self, features_NF: np.ndarray) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from models import distributed, full, networks
 from models.baselines.simclr import Simclr, nt_xent
 from models.full import FullConfig
 from models.objective import Objective
+from models.progress import finish
 
 
 class Remembering(Objective):
@@ -82,9 +83,7 @@ def train(pixels_NSSC, *, restarts, seed, **settings):
     """Train, then group the features of every image; settings are those of `Training`."""
     training = full.Training(pixels_NSSC, seed=seed, **settings)
     yield from training.run()
-    features_NF = training.features()
-    with training.own_random():
-        return training.objective.answer(features_NF, seed=seed, restarts=restarts)
+    return finish(training.objective.answer(finish(training.features()), seed=seed, restarts=restarts))
 
 
 SETTINGS = {
@@ -162,9 +161,9 @@ def main():
             sys.exit(75)
         if options.double:
             training.network.float()
-        features_NF = training.features()
+        features_NF = finish(training.features())
         if distributed.rank() == 0:
-            fit = training.objective.answer(features_NF, seed=5, restarts=2)
+            fit = finish(training.objective.answer(features_NF, seed=5, restarts=2))
             state = {**training.network.state_dict(), **training.objective.state_dict()}
             np.savez(
                 options.out / "end.npz",

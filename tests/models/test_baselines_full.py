@@ -122,7 +122,7 @@ def test_the_answer_is_the_heads_likeliest_cluster(method):
     torch.manual_seed(0)
     made = method(**SIZES)
     features_NF = np.random.default_rng(0).normal(size=(40, 12)).astype(np.float32)
-    fit = made.answer(features_NF, seed=0, restarts=5)
+    fit = finish(made.answer(features_NF, seed=0, restarts=5))[1]
     h_NG = np.concatenate([features_NF, np.ones((40, 1))], axis=1)
     if method is Cc:
         hidden_NF = np.maximum(h_NG @ fit.model["hidden"].T, 0)
@@ -166,7 +166,7 @@ def test_far_groups_are_found(blobs, method):
             loss.backward()
             optimizer.step()
             made.end_step()
-    fit = made.answer(backbone(x_NF).detach().numpy(), seed=0, restarts=1)
+    fit = finish(made.answer(backbone(x_NF).detach().numpy(), seed=0, restarts=1))[1]
     assert metrics.quality([str(kind) for kind in class_N], fit.assignment.labels_N)["acc"] > 0.95
     assert fit.assignment.consensus_N.mean() > 0.95
 

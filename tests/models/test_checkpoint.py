@@ -18,6 +18,7 @@ from models.baselines.pica import Pica
 from models.baselines.simclr import Simclr
 from models.checkpoint import Checkpoint, Damaged, OtherRun
 from models.full import FullConfig
+from models.progress import finish
 from models.scl import Scl
 from tests.checkpoints import steps_done
 from tests.models.full_run import SETTINGS, Remembering, pictures
@@ -157,7 +158,7 @@ def end_of(training):
     """All that a training leaves: weights, memory, optimiser, labels."""
     for _ in training.run():
         pass
-    fit = training.objective.answer(training.features(), seed=5, restarts=1)
+    fit = finish(training.objective.answer(finish(training.features()), seed=5, restarts=1))
     tensors = {**training.network.state_dict(), **training.objective.state_dict()}
     for number, moments in training.optimizer.state_dict()["state"].items():
         tensors |= {f"{number}.{name}": value for name, value in moments.items()}
@@ -216,9 +217,8 @@ def test_after_the_last_step_only_the_answer_is_left(tmp_path):
     first = end_of(make(tmp_path))
     again = make(tmp_path)
     assert [step.done for step in again.run()] == [9]
-    assert np.array_equal(
-        first["labels"], again.objective.answer(again.features(), seed=5, restarts=1).assignment.labels_N
-    )
+    fit = finish(again.objective.answer(finish(again.features()), seed=5, restarts=1))
+    assert np.array_equal(first["labels"], fit.assignment.labels_N)
 
 
 @pytest.mark.slow

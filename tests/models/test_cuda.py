@@ -99,9 +99,9 @@ def test_by_default_it_trains_in_bfloat16_and_channels_last(objective):
     filters = next(p for p in training.network.parameters() if p.dim() == 4)
     assert filters.is_contiguous(memory_format=torch.channels_last)
     assert filters.dtype == torch.float32
-    features_NF = training.features()
+    features_NF = finish(training.features())
     assert np.isfinite(features_NF).all()
-    fit = training.objective.answer(features_NF, seed=0, restarts=2)
+    fit = finish(training.objective.answer(features_NF, seed=0, restarts=2))
     assert fit.assignment.labels_N.shape == (48,)
 
 
@@ -151,13 +151,13 @@ def test_scl_tells_three_patterns_apart():
     config = FullConfig(batch=32)
     training = Training(pixels, **{**SETTINGS, "objective": Scl, "epochs": 12, "config": config}, device="cuda")
     assert len(losses_of(training)) == 36
-    fit = training.objective.answer(training.features(), seed=0, restarts=3)
+    fit = finish(training.objective.answer(finish(training.features()), seed=0, restarts=3))
     assert metrics.quality([str(kind) for kind in kind_N], fit.assignment.labels_N)["acc"] == 1
 
 
 def test_bfloat16_features_are_those_of_float32():
     exact, half = make("cuda"), make("cuda", config=FullConfig(batch=16))
-    expected, found = exact.features(), half.features()
+    expected, found = finish(exact.features()), finish(half.features())
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
 
 

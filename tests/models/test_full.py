@@ -98,7 +98,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
         training = make(seed=seed)
         for _ in training.run():
             torch.rand(3)
-        ends.append(training.features())
+        ends.append(finish(training.features())[1])
     assert np.array_equal(ends[0], ends[1])
     assert not np.array_equal(ends[0], ends[2])
 
@@ -120,10 +120,18 @@ def test_features_are_those_of_the_images_themselves():
     x_BCHW = ((torch.from_numpy(pictures()[0]) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.inference_mode():
         expected = training.network.eval()(x_BCHW).numpy()
-    np.testing.assert_allclose(training.features(), expected, atol=1e-4)
+    np.testing.assert_allclose(finish(training.features())[1], expected, atol=1e-4)
     half = make(config=FullConfig(batch=16, precision="bfloat16"))
     half.network.load_state_dict(training.network.state_dict())
-    np.testing.assert_allclose(half.features(), expected, atol=0.05 * np.abs(expected).max())
+    np.testing.assert_allclose(finish(half.features())[1], expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("backbone", "done"), [("resnet10_slim", [20, 40, 48]), ("efficientnet_lite0", [32, 48])])
+def test_the_last_look_at_the_images_tells_how_far_it_is(backbone, done, monkeypatch):
+    monkeypatch.setattr(full, "ENCODE_BATCH", 20)
+    yielded, features_NF = finish(make(backbone=backbone).features())
+    assert [step.done for step in yielded] == done
+    assert {step.total for step in yielded} == {len(features_NF)} == {48}
 
 
 @pytest.mark.slow
@@ -160,7 +168,7 @@ def test_images_that_are_all_the_same_come_to_an_end():
     training = make(pixels, objective=Simclr)
     for _ in training.run():
         pass
-    assert np.isfinite(training.features()).all()
+    assert np.isfinite(finish(training.features())[1]).all()
 
 
 def test_a_backbone_that_knows_something_learns_more_slowly_than_its_head():
@@ -200,7 +208,7 @@ def test_a_read_only_map_of_pixels_serves(tmp_path):
         training = make(pixels)
         for _ in training.run():
             pass
-        ends.append(training.features())
+        ends.append(finish(training.features())[1])
     assert np.array_equal(*ends)
 
 

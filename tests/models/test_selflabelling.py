@@ -88,7 +88,7 @@ def test_how_sure_to_be_is_told_by_how_often_predictions_differed_before(blobs, 
     for agreed_N in (np.ones(240, bool), np.arange(240) % 2 > 0):
         assignment = replace(found.assignment, consensus_N=agreed_N)
         objective = made(blobs[0], replace(found, assignment=assignment))
-        answers.append(objective.answer(blobs[0], seed=0, restarts=2).assignment)
+        answers.append(finish(objective.answer(blobs[0], seed=0, restarts=2))[1].assignment)
     sure, unsure = answers
     assert np.array_equal(sure.labels_N, unsure.labels_N)
     assert unsure.confidence_N.mean() < sure.confidence_N.mean() - 0.01
@@ -128,13 +128,13 @@ def test_only_the_last_third_of_the_layers_learns():
 
 def test_features_are_those_of_the_trained_network():
     pixels_NSSC, training = ready(40, precision="float32", pretrained_learning_rate=1e-3)
-    before_NF = training.features()
+    before_NF = finish(training.features())[1]
     for _ in training.run():
         pass
     x_BCSS = torch.from_numpy(pixels_NSSC).permute(0, 3, 1, 2) / 255 * 2 - 1
     with torch.inference_mode():
         expected_NF = training.network.eval()(x_BCSS)
-    after_NF = torch.from_numpy(training.features())
+    after_NF = torch.from_numpy(finish(training.features())[1])
     assert (normalize(after_NF) * normalize(expected_NF)).sum(dim=1).min() > 0.9999
     assert (normalize(after_NF) * normalize(torch.from_numpy(before_NF))).sum(dim=1).max() < 0.999
 
@@ -144,7 +144,7 @@ def test_a_pretrained_backbone_is_taught_what_heads_found(sources, tmp_path):
     config = Config(clusters=3, train="finetune", image_size=64, epochs=2, restarts=4, seed=1)
     truth = [source.path.parent.name for source in sources]
     steps, undisturbed = finish(group(config, sources, cache_dir=tmp_path / "cache", truth=truth))
-    stages = ["features", "heads", "pixels", "training", "baseline", "representatives"]
+    stages = ["features", "heads", "pixels", "training", "encoding", "answer", "baseline", "representatives"]
     assert list(dict.fromkeys(step.stage for step in steps)) == stages
     assert steps[-1].fraction == pytest.approx(1)
     assert [step.fraction for step in steps] == sorted(step.fraction for step in steps)

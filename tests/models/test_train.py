@@ -132,7 +132,8 @@ def test_a_backbone_trains_too(sources, tmp_path, method):
     config = Config(clusters=3, method=method, epochs=4, restarts=2, seed=1, **settings)
     truth = [source.path.parent.name for source in sources]
     steps, found = finish(group(config, sources, cache_dir=tmp_path, truth=truth))
-    assert {step.stage for step in steps} == {"pixels", "training", "baseline", "representatives"}
+    stages = {"pixels", "training", "encoding", "answer", "baseline", "representatives"}
+    assert {step.stage for step in steps} == stages
     assert steps[-1].fraction == pytest.approx(1)
     assert sum(found.metrics["sizes"]) == 60
     assert found.metrics["baseline"]["quality"].keys() == {"acc", "nmi", "ari"}
