@@ -2,7 +2,10 @@
 
 import pytest
 
+from app import cli
 from app.web import wording
+from models.config import Config
+from models.train import expected_cost_s
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,9 @@ def test_why_a_number_was_not_taken_is_said_in_words():
     )
     assert wording.why_not("named by no witness") == "none of the three says so"
     assert [wording.vote(number) for number in (7.0, 6.89)] == ["7", "6.9"]
+
+
+def test_every_stage_has_words_on_the_dashboard_and_on_the_command_line():
+    stages = set(expected_cost_s(Config(clusters=2), 10))
+    assert "encoding" in stages
+    assert stages == set(wording.STAGES) == set(cli.STAGES) - {None, "done"}
