@@ -3,7 +3,7 @@
 Every row but the first two changes one thing of `train = "finetune"`: what the views are, which images count, which
 layers learn, or whose labels are taught. `head` is what SCL's heads found before, on the frozen features; the last
 column is the mean ACC over the archives minus that of the whole. The same heads answer in every row, so what a row
-loses is not the answer's. Two runs go side by side, a thread each.
+loses is not the answer's.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from joblib import cpu_count
 
 from benchmarks.ablation import cell
 from benchmarks.archives import Selection, frozen_features, unpack
-from benchmarks.children import processes
 from models import pixels
 from models.config import METHODS
 from models.fit import Fit
@@ -91,16 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
-    parser.add_argument("--jobs", type=int, default=2, metavar="J", help="runs side by side; default 2")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as scratch, processes(options.jobs) as pool:
+    faiss.omp_set_num_threads(cpu_count())
+    found_SD: list[list[dict[str, dict[str, float]]]] = []
+    with tempfile.TemporaryDirectory() as scratch:
         folders = [decoded(selection, Path(scratch) / str(number)) for number, selection in enumerate(options.data)]
-        asked = [[pool.submit(run, folder, seed, options.only) for folder in folders] for seed in range(options.seeds)]
-        found_SD = []
-        for seed, jobs in enumerate(asked):
-            found_SD.append([job.result() for job in jobs])
-            for selection, each in zip(options.data, found_SD[-1], strict=True):
-                print(json.dumps({"data": selection.name, "seed": seed, "found": each}), flush=True)
+        for seed in range(options.seeds):
+            found_SD.append([])
+            for selection, folder in zip(options.data, folders, strict=True):
+                found_SD[-1].append(run(folder, seed, options.only))
+                print(json.dumps({"data": selection.name, "seed": seed, "found": found_SD[-1][-1]}), flush=True)
     print(" | ".join(["variant", *(f"{selection.name}: ACC, NMI, ARI" for selection in options.data), "mean ACC"]))
     whole = None
     for name in ("head", *options.only):
@@ -123,8 +122,7 @@ def decoded(selection: Selection, folder: Path) -> Path:
 
 def run(folder: Path, seed: int, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """ACC, NMI and ARI of the heads on the frozen features, and of every variant that is named."""
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
+    torch.set_num_threads(1)  # for heads, as the service does
     truth = json.loads((folder / "truth.json").read_text())
     features_NF = np.load(folder / "features.npy")
     clusters = len(set(truth))
@@ -150,8 +148,11 @@ def run(folder: Path, seed: int, names: Sequence[str]) -> dict[str, dict[str, fl
             epochs=EPOCHS,
             seed=seed,
         )
+        torch.set_num_threads(cpu_count())
         finish(training.run())
-        steps = training.objective.answer(finish(training.features()), seed=seed, restarts=RESTARTS)
+        trained_NF = finish(training.features())
+        torch.set_num_threads(1)
+        steps = training.objective.answer(trained_NF, seed=seed, restarts=RESTARTS)
         found[name] = quality(truth, finish(steps).assignment.labels_N)
     return found
 

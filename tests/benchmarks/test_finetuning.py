@@ -69,7 +69,7 @@ def test_the_whole_is_what_the_service_trains(archive, tmp_path):
     ours = finetuning.run(finetuning.decoded(Selection(archive=archive), tmp_path / "ours"), 1, ["finetune"])
     sources, truth = unpack(Selection(archive=archive), tmp_path / "theirs")
     config = Config(clusters=2, train="finetune", seed=1)
-    service = finish(group(config, sources, truth=truth, threads=1)).metrics
+    service = finish(group(config, sources, truth=truth)).metrics
     assert ours == {"head": service["frozen"]["quality"], "finetune": service["quality"]}
 
 
