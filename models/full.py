@@ -296,10 +296,11 @@ class Training:
         """
         self.network.eval()
         own_R = torch.arange(len(self.pixels_NSSC)).tensor_split(distributed.world_size())[distributed.rank()]
-        parts: list[Tensor] = []
+        parts, done = [], 0
         for features_BF in self.encoded(own_R.tolist()):
             parts.append(features_BF)
-            yield Step(done=sum(map(len, parts)), total=len(own_R))
+            done += len(features_BF)
+            yield Step(done=done, total=len(own_R))
         return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
 
     def encoded(self, rows_R: list[int]) -> Iterator[Tensor]:
