@@ -134,6 +134,16 @@ def test_the_last_look_at_the_images_tells_how_far_it_is(backbone, done, monkeyp
     assert {step.total for step in yielded} == {len(features_NF)} == {48}
 
 
+@pytest.mark.parametrize("backbone", ["resnet10_slim", "efficientnet_lite0"])
+def test_told_to_stop_it_looks_at_no_more_images(backbone, monkeypatch):
+    monkeypatch.setattr(full, "ENCODE_BATCH", 32)
+    asked = []
+    training = make(backbone=backbone, stop=lambda: asked.append(1) or len(asked) > 1)
+    with pytest.raises(full.Stopped, match="stopped while the images were encoded"):
+        finish(training.features())
+    assert len(asked) == 2
+
+
 @pytest.mark.slow
 def test_simclr_tells_three_patterns_apart():
     pixels, kind_N = pictures(96)
