@@ -9,7 +9,7 @@ are not trained at all, and the baselines in the same directions.
 import argparse
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +19,11 @@ import torch
 from benchmarks.archives import Selection, frozen_features, unpack
 from benchmarks.quality import spread
 from models import heads
-from models.config import METHODS
+from models.config import METHODS, Config
 from models.heads import HeadConfig
 from models.metrics import quality
 from models.progress import finish
-from models.train import HEADS
+from models.train import fit_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,8 @@ class Baseline:
         if self.same_directions:
             axes, _, _ = heads.directions(features_NF, clusters=clusters, seed=seed, config=HeadConfig())
             features_NF = axes.project(features_NF).numpy()
-        usual = METHODS[self.method]["head"]
-        steps = HEADS[self.method](
-            features_NF, clusters=clusters, epochs=usual.epochs, restarts=usual.restarts, seed=seed
-        )
-        return finish(steps).assignment.labels_N
+        usual = Config(clusters=clusters, method=self.method, seed=seed).resolved()
+        return finish(fit_head(usual, features_NF, device="cpu")).assignment.labels_N
 
 
 VARIANTS: dict[str, Variant | Baseline] = {
@@ -84,28 +81,47 @@ VARIANTS: dict[str, Variant | Baseline] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__)
-    parser.add_argument(
-        "--data", type=Selection.parse, nargs="+", required=True, metavar="ZIP", help="ZIP, ZIP:N or ZIP:N:skewed"
-    )
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
-    options = parser.parse_args(arguments)
+    options = parsed(arguments, prog="python -m benchmarks.ablation", description=__doc__, variants=VARIANTS)
     torch.set_num_threads(1)
     sets = [features(selection) for selection in options.data]
-    print(" | ".join(["variant", *(f"{selection.name}: ACC, NMI, ARI" for selection in options.data), "mean ACC"]))
+    print(heading(options.data))
     whole = None
     for name, variant in VARIANTS.items():
         if name not in options.only:
             continue
-        cells, means = [], []
-        for features_NF, truth in sets:
-            found = [score(features_NF, truth, variant, seed) for seed in range(options.seeds)]
-            means.append(statistics.mean(each["acc"] for each in found))
-            cells.append(cell(found))
-        mean = statistics.mean(means)
-        whole = mean if whole is None else whole
-        print(" | ".join([name, *cells, f"{mean:.3f} ({mean - whole:+.3f})"]), flush=True)
+        columns = [
+            [score(features_NF, truth, variant, seed) for seed in range(options.seeds)] for features_NF, truth in sets
+        ]
+        whole = mean_acc(columns) if whole is None else whole
+        print(row(name, columns, whole), flush=True)
+
+
+def parsed(
+    arguments: Sequence[str] | None, *, prog: str, description: str | None, variants: Iterable[str]
+) -> argparse.Namespace:
+    """The archives, the variants and the seeds that are asked for."""
+    names = list(variants)
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument(
+        "--data", type=Selection.parse, nargs="+", required=True, metavar="ZIP", help="ZIP, ZIP:N or ZIP:N:skewed"
+    )
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="VARIANT")
+    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
+    return parser.parse_args(arguments)
+
+
+def heading(data: Sequence[Selection]) -> str:
+    return " | ".join(["variant", *(f"{selection.name}: ACC, NMI, ARI" for selection in data), "mean ACC"])
+
+
+def row(name: str, columns: Sequence[Sequence[dict[str, float]]], whole: float) -> str:
+    """A variant's line: what every seed came to, archive by archive, and the mean ACC beside that of the whole."""
+    mean = mean_acc(columns)
+    return " | ".join([name, *map(cell, columns), f"{mean:.3f} ({mean - whole:+.3f})"])
+
+
+def mean_acc(columns: Sequence[Sequence[dict[str, float]]]) -> float:
+    return statistics.mean(each["acc"] for found in columns for each in found)
 
 
 def cell(found: Sequence[dict[str, float]]) -> str:

@@ -6,9 +6,7 @@ column is the mean ACC over the archives minus that of the whole. The same heads
 loses is not the answer's.
 """
 
-import argparse
 import json
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +17,17 @@ import numpy as np
 import torch
 from joblib import cpu_count
 
-from benchmarks.ablation import cell
+from benchmarks.ablation import heading, mean_acc, parsed, row
 from benchmarks.archives import Selection, frozen_features, unpack
 from models import pixels
-from models.config import METHODS
+from models.config import METHODS, Config
 from models.fit import Fit
 from models.full import Training
 from models.metrics import quality
 from models.objective import Objective, ObjectiveFactory, Strength
 from models.progress import finish
 from models.selflabelling import SelfLabelling, SelfLabellingConfig
-from models.train import HEADS
-
-IMAGE_SIZE = 224
-EPOCHS = METHODS["scl"]["finetune"].epochs
-RESTARTS = METHODS["scl"]["finetune"].restarts
+from models.train import fit_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +78,7 @@ VARIANTS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetuning", description=__doc__)
-    parser.add_argument(
-        "--data", type=Selection.parse, nargs="+", required=True, metavar="ZIP", help="ZIP, ZIP:N or ZIP:N:skewed"
-    )
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--seeds", type=int, default=3, metavar="S", help="seeds 0 to S-1; default 3")
-    options = parser.parse_args(arguments)
+    options = parsed(arguments, prog="python -m benchmarks.finetuning", description=__doc__, variants=VARIANTS)
     faiss.omp_set_num_threads(cpu_count())
     found_SD: list[list[dict[str, dict[str, float]]]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -100,21 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for selection, folder in zip(options.data, folders, strict=True):
                 found_SD[-1].append(run(folder, seed, options.only))
                 print(json.dumps({"data": selection.name, "seed": seed, "found": found_SD[-1][-1]}), flush=True)
-    print(" | ".join(["variant", *(f"{selection.name}: ACC, NMI, ARI" for selection in options.data), "mean ACC"]))
-    whole = None
-    for name in ("head", *options.only):
-        columns = [[found_D[number][name] for found_D in found_SD] for number in range(len(folders))]
-        mean = statistics.mean(each["acc"] for column in columns for each in column)
-        whole = mean if name == "finetune" else whole
-        against = "" if whole is None else f" ({mean - whole:+.3f})"
-        print(" | ".join([name, *map(cell, columns), f"{mean:.3f}{against}"]))
+    found = {
+        name: [[found_D[number][name] for found_D in found_SD] for number in range(len(folders))]
+        for name in ("head", *options.only)
+    }
+    whole = mean_acc(found.get("finetune", found["head"]))
+    print(heading(options.data))
+    for name, columns in found.items():
+        print(row(name, columns, whole))
 
 
 def decoded(selection: Selection, folder: Path) -> Path:
     """The folder, with features and pixels of every image in it, and the true labels."""
     sources, truth = unpack(selection, folder / "images")
     np.save(folder / "features.npy", frozen_features(sources))
-    gathered = pixels.gather(sources, image_size=IMAGE_SIZE, cache_dir=None, threads=cpu_count())
+    gathered = pixels.gather(sources, image_size=Config.image_size, cache_dir=None, threads=cpu_count())
     np.save(folder / "pixels.npy", finish(gathered))
     (folder / "truth.json").write_text(json.dumps(truth))
     return folder
@@ -125,12 +113,11 @@ def run(folder: Path, seed: int, names: Sequence[str]) -> dict[str, dict[str, fl
     torch.set_num_threads(1)  # for heads, as the service does
     truth = json.loads((folder / "truth.json").read_text())
     features_NF = np.load(folder / "features.npy")
-    clusters = len(set(truth))
+    clusters, usual = len(set(truth)), METHODS["scl"]["finetune"]
 
     def grouped(method: str) -> Fit:
-        usual = METHODS[method]["head"]
-        steps = HEADS[method](features_NF, clusters=clusters, epochs=usual.epochs, restarts=usual.restarts, seed=seed)
-        return finish(steps)
+        head = Config(clusters=clusters, method=method, seed=seed).resolved()
+        return finish(fit_head(head, features_NF, device="cpu"))
 
     frozen = grouped("scl")
     found = {"head": quality(truth, frozen.assignment.labels_N)}
@@ -142,17 +129,17 @@ def run(folder: Path, seed: int, names: Sequence[str]) -> dict[str, dict[str, fl
         training = Training(
             np.load(folder / "pixels.npy", mmap_mode="r"),
             objective=variant.objective(taught, features_NF),
-            backbone="efficientnet_lite0",
+            backbone=Config.backbone,
             weights=None,
             clusters=clusters,
-            epochs=EPOCHS,
+            epochs=usual.epochs,
             seed=seed,
         )
         torch.set_num_threads(cpu_count())
         finish(training.run())
         trained_NF = finish(training.features())
         torch.set_num_threads(1)
-        steps = training.objective.answer(trained_NF, seed=seed, restarts=RESTARTS)
+        steps = training.objective.answer(trained_NF, seed=seed, restarts=usual.restarts)
         found[name] = quality(truth, finish(steps).assignment.labels_N)
     return found
 
