@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import backbones, checkpoint, distributed, features, networks, optimisers, space, views
+from models import allocator, backbones, checkpoint, distributed, features, networks, optimisers, space, views
 from models.checkpoint import Checkpoint
 from models.config import InputError
 from models.fit import seed_of
@@ -168,6 +168,10 @@ class Training:
 
         """
         self.resume()
+        with allocator.freed_memory_kept():
+            yield from self.epochs_left()
+
+    def epochs_left(self) -> Generator[Step, None, None]:
         saved_s = reported_s = time.monotonic()
         yield Step(done=self.done, total=self.total)
         while self.done < self.total:
@@ -297,10 +301,11 @@ class Training:
         self.network.eval()
         own_R = torch.arange(len(self.pixels_NSSC)).tensor_split(distributed.world_size())[distributed.rank()]
         parts, done = [], 0
-        for features_BF in self.encoded(own_R.tolist()):
-            parts.append(features_BF)
-            done += len(features_BF)
-            yield Step(done=done, total=len(own_R))
+        with allocator.freed_memory_kept():
+            for features_BF in self.encoded(own_R.tolist()):
+                parts.append(features_BF)
+                done += len(features_BF)
+                yield Step(done=done, total=len(own_R))
         return distributed.concatenate(torch.cat(parts), rows=len(self.pixels_NSSC)).cpu().numpy()
 
     def encoded(self, rows_R: list[int]) -> Iterator[Tensor]:
