@@ -69,8 +69,8 @@ MethodOption = Annotated[
 TrainOption = Annotated[
     Train | None,
     typer.Option(
-        help="head: the network stays as it is; finetune: its last layers learn what the head found; full: all of it "
-        "learns. Unset: the method's usual way."
+        help="head: the network stays as it is; finetune: then it learns what the head found; full: it learns from "
+        "the start. Unset: the method's usual way."
     ),
 ]
 Backbone = Annotated[
@@ -311,7 +311,7 @@ def _show(client: Client, upload: dict[str, Any], run: dict[str, Any], output: P
         )
     if quality:
         console.print(_quality(run["parameters"]["method"], quality))
-    for name, other in (("frozen", "before its last layers learned"), ("baseline", "k-means, same features")):
+    for name, other in (("frozen", "before the network learned"), ("baseline", "k-means, same features")):
         _show_beside(other, metrics.get(name) or {})
     if restarts.get("agreement") is not None:
         started = restarts.get("started", restarts["count"])

@@ -1,4 +1,4 @@
-"""What each part of teaching the last layers is worth: `python -m benchmarks.finetuning --data ZIP ZIP … --seeds 3`.
+"""What each part of teaching the backbone is worth: `python -m benchmarks.finetuning --data ZIP ZIP … --seeds 3`.
 
 Every row but the first two changes one thing of `train = "finetune"`: what the views are, which images count, which
 layers learn, or whose labels are taught. `head` is what SCL's heads found before, on the frozen features; the last
@@ -26,7 +26,7 @@ from models.full import Training
 from models.metrics import quality
 from models.objective import Objective, ObjectiveFactory, Strength
 from models.progress import finish
-from models.selflabelling import SelfLabelling, SelfLabellingConfig
+from models.selflabelling import SelfLabelling
 from models.train import fit_head
 
 
@@ -35,7 +35,6 @@ class Variant:
     teacher: str = "scl"  # whose labels, and whose confidence and consensus
     view: Strength = "strong"
     trust: bool = True  # else every image counts as much
-    smoothing: float = SelfLabellingConfig.smoothing
     trained_share: float = SelfLabelling.trained_share
     own_statistics: bool = SelfLabelling.own_statistics
 
@@ -55,7 +54,6 @@ class Variant:
                 epochs=epochs,
                 frozen=frozen,
                 features_NF=features_NF,
-                config=SelfLabellingConfig(smoothing=variant.smoothing),
             )
             if not variant.trust:
                 made.trust_N.fill_(1)
@@ -69,8 +67,7 @@ VARIANTS = {
     "weak views": Variant(view="weak"),
     "the images as they are": Variant(view="plain"),
     "every image trusted alike": Variant(trust=False),
-    "labels not smoothed": Variant(smoothing=0.0),
-    "all layers": Variant(trained_share=1.0),
+    "the last third of the layers": Variant(trained_share=1 / 3),
     "batches normalised by their own statistics": Variant(own_statistics=True),
     "k-means' labels": Variant(teacher="kmeans"),
     "TEMI's labels": Variant(teacher="temi"),

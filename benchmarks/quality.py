@@ -4,7 +4,7 @@ Features are extracted once and shared, so that the methods differ in nothing el
 its own, whose peak memory is shown; `agree` is the mean adjusted Rand index between the seeds' groupings, `ECE` the
 expected calibration error of the confidence. `both` is the share of images on which a method's two predictions name the
 same cluster, with their ACC and that of the others under the match of all images. `finetune` is SCL that teaches the
-last layers of the backbone what its head found, and answers on what those have become.
+backbone what its head found, and answers on what that has become.
 """
 
 import argparse

@@ -29,8 +29,8 @@ class Defaults:
     restarts: int
 
 
-# Method by method, the ways to train that it knows: `head` on frozen features, `finetune` that and then the last layers
-# of the backbone, `full` with all of it.
+# Method by method, the ways to train that it knows: `head` on frozen features, `finetune` that and then the backbone on
+# what it found, `full` the backbone from the start.
 METHODS: Mapping[str, Mapping[str, Defaults]] = MappingProxyType(
     {
         "scl": {

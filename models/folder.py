@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--train",
         default="head",
-        help="head: the backbone is frozen; finetune: its last layers learn too; full: all of it",
+        help="head: the backbone is frozen; finetune: then it learns what the head found; full: it trains",
     )
     parser.add_argument("--backbone", default="efficientnet_lite0", help=f"{', '.join(BACKBONES)} or timm/NAME")
     parser.add_argument("--weights", metavar="FILE", help="of the backbone; or random, to train in full from nothing")

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 # Between yields inside of an epoch, and between questions to `stop`.
 REPORT_EVERY_S = 2.0
 ENCODE_BATCH = 256
+PIECE_PIXELS = 16 * 224**2  # as many images at once, where a batch may be computed in pieces
 
 
 class Stopped(Exception):
@@ -127,6 +128,9 @@ class Training:
         self.precision = precision(self.config.precision, device, network, image_size=size)
         self.batch = self.config.batch or (256 if size <= networks.SMALL_IMAGE else 64)
         self.steps = max(1, round(images / self.batch))  # of an epoch
+        # A CPU is no faster with more at once and needs the memory; several processes would wait for each other.
+        in_pieces = made.separable and not made.own_statistics and device == "cpu" and distributed.world_size() == 1
+        self.piece = max(1, PIECE_PIXELS // size**2) if in_pieces else self.batch
         self.total = self.steps * epochs
         self.done = 0  # steps
         # Several processes talk to each other within a step, and only AdamW takes its rate from memory.
@@ -264,14 +268,34 @@ class Training:
 
     def learn(self, rows_G: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw]) -> dict[str, Tensor]:
         """What of a step a GPU does: views, network, loss, optimiser, memory."""
-        h_VBF = self.forward(self.views(pixels_BSSC, choices))
-        loss, details = self.objective.loss(distributed.gather(h_VBF), rows_G)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.piece < len(rows_G):
+            details = self.gradients_in_pieces(rows_G, pixels_BSSC, choices)
+        else:
+            details = self.gradients(rows_G, pixels_BSSC, choices)
         distributed.average_gradients(self.objective.parameters())
         self.optimizer.step()
         self.objective.end_step()
+        return details
+
+    def gradients(
+        self, rows_G: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw], *, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add those of this batch, which counts as `share` of a whole one; its loss and what else is worth showing."""
+        h_VBF = self.forward(self.views(pixels_BSSC, choices))
+        loss, details = self.objective.loss(distributed.gather(h_VBF), rows_G)
+        (loss * share).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return {"loss": loss.detach(), **details}
+
+    def gradients_in_pieces(
+        self, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw]
+    ) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for some in space.blocks(len(rows_B), self.piece):
+            share = len(rows_B[some]) / len(rows_B)
+            own = self.gradients(rows_B[some], pixels_BSSC[some], [each[some] for each in choices], share=share)
+            sums = {name: sums.get(name, 0) + value * share for name, value in own.items()}
+        return sums
 
     def views(self, pixels_BSSC: Tensor, choices: Sequence[views.Draw]) -> Tensor:
         """All views of this process's share, one view after the other; shape (VB, C, S, S)."""
@@ -385,7 +409,7 @@ def precision(wanted: str, device: str, network: nn.Module, *, image_size: int) 
 
     On a core with AVX-512 BF16, forward and backward in bfloat16 gave 737 images/s for 330 (ResNet-10, 32 pixels,
     channels last) and 108 for 60 (ResNet-18), but 198 for 429 with the grouped convolutions of EfficientNet-Lite at
-    32 pixels. At 224, where the last third of its layers trains, both cores gave 40 for 26.
+    32 pixels. At 224, with the last third of its layers training, both cores gave 40 for 26.
     """
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32

@@ -39,6 +39,8 @@ class Objective(nn.Module, ABC):
     # or, with every dropout at rest, by those that the weights came with.
     trained_share: ClassVar[float] = 1.0
     own_statistics: ClassVar[bool] = True
+    # The loss of a batch is the mean of its images' own, and so are the other scalars: it may be computed in pieces.
+    separable: ClassVar[bool] = False
 
     def __init__(self, *, feature_size: int, images: int, clusters: int, epochs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SCL from a pretrained backbone: what heads agreed on is taught to the backbone's last layers.
+"""SCL from a pretrained backbone: what heads agreed on is taught to the backbone.
 
 Heads on the frozen features (`models.heads`) infer the clusters first; their consensus, where both predictions name the
 same cluster, is then what strong views of an image have to be given, and at the end heads on what the backbone has
@@ -15,14 +15,14 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import cross_entropy, normalize
 
 from models import heads, space
 from models.fit import Fit
-from models.limits import check_below_one, check_positive
+from models.limits import check_positive
 from models.objective import Objective, Strength
 from models.progress import Step
-from models.scl import boundary_logits, consistency
+from models.scl import boundary_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,10 @@ class SelfLabellingConfig:
     """Chosen on samples of CIFAR-10 and on photographs that no benchmark reports on (`docs/decisions/` 0022)."""
 
     temperature: float = 0.2
-    smoothing: float = 0.1  # of the labels (Szegedy et al., CVPR 2016)
     restarts: int | None = None  # that the labels are from; set from them
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature")
-        check_below_one(self, "smoothing")
 
 
 class SelfLabelling(Objective):
@@ -53,13 +51,12 @@ class SelfLabelling(Objective):
     """
 
     view_strengths: ClassVar[tuple[Strength, ...]] = ("strong",)
-    # The first layers see edges and colours, whatever the collection is of.
-    trained_share = 1 / 3
     own_statistics = False
+    separable = True
 
     differ: Tensor
     label_N: Tensor
-    trust_N: Tensor
+    trust_N: Tensor  # 1 on average
     mean_F: Tensor
     axes_FD: Tensor
 
@@ -79,7 +76,8 @@ class SelfLabelling(Objective):
         said = frozen.assignment
         self.register_buffer("differ", torch.tensor(1 - said.consensus_N.mean(), dtype=torch.float64))
         self.register_buffer("label_N", torch.from_numpy(said.labels_N).long())
-        self.register_buffer("trust_N", torch.from_numpy(said.confidence_N * said.consensus_N).float())
+        trust_N = torch.from_numpy(said.confidence_N * said.consensus_N).float()
+        self.register_buffer("trust_N", trust_N / trust_N.mean().clamp_min(1e-8))
         self.register_buffer("mean_F", torch.from_numpy(frozen.model["mean"]))
         self.register_buffer("axes_FD", torch.from_numpy(frozen.model["axes"]))
         x_ND = torch.cat([self.embed(block_BF) for block_BF in space.unit_blocks(features_NF)])
@@ -97,12 +95,12 @@ class SelfLabelling(Objective):
 
     def loss(self, h_VBF: Tensor, rows_B: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of every view to its image's label, weighted by how far the heads agreed on it."""
-        smoothing = self.config.smoothing
-        target_BK = one_hot(self.label_N[rows_B], self.clusters) * (1 - smoothing) + smoothing / self.clusters
+        label_B = self.label_N[rows_B]
         logits_VBK = boundary_logits(self.embed(h_VBF), self.centres_KD, temperature=self.config.temperature)
+        cost_VB = torch.stack([cross_entropy(logits_BK, label_B, reduction="none") for logits_BK in logits_VBK])
         with torch.no_grad():
-            kept = (logits_VBK.argmax(dim=2) == self.label_N[rows_B]).float().mean()
-        return consistency(target_BK, logits_VBK, self.trust_N[rows_B]).mean(), {"kept": kept}
+            kept = (logits_VBK.argmax(dim=2) == label_B).float().mean()
+        return (self.trust_N[rows_B] * cost_VB).mean(), {"kept": kept}
 
     def answer(self, features_NF: np.ndarray, *, seed: int, restarts: int) -> Generator[Step, None, Fit]:
         """The consensus of heads on what the features have become.

@@ -172,7 +172,7 @@ class _Job:
         return fit, features_NF
 
     def finetune(self) -> Generator[Progress, None, tuple[Fit, np.ndarray]]:
-        """Group by a head on frozen features first, and teach the last layers of the backbone what it found."""
+        """Group by a head on frozen features first, and teach the backbone what it found."""
         features_NF = yield from self.features()
         config = yield from self.settle(features_NF)
         self.set_threads_of_heads()
@@ -300,7 +300,7 @@ def expected_cost_s(config: Config, images: int) -> dict[str, float]:
     encoding_s = answer_s = 0.0
     training_s = k_means_s
     if config.train != "head":
-        training_s = epochs * squares * (0.025 if config.train == "finetune" else 0.05)
+        training_s = epochs * squares * 0.05
         encoding_s = 0.1 + squares * 0.007
         answer_s = head_s if config.method == "scl" else k_means_s
     elif config.method == "scl":

@@ -275,7 +275,7 @@ class ReportOut(BaseModel):
     metrics: dict[str, Any] = Field(
         description="The evidence: `auto`, the number of clusters found and the sweep it came from; `restarts`, "
         "how far the independent starts that answer agree, and how many had started; `baseline`, k-means on the same "
-        "features; `frozen`, what a head found before the last layers of the backbone learned it; `tree`, the merge "
+        "features; `frozen`, what a head found before the backbone learned it; `tree`, the merge "
         "tree with its levels; `calibration`; `warnings`; `quality`, where true labels are known. What a run has not "
         "is missing or null."
     )

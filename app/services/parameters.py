@@ -83,7 +83,7 @@ class Parameters(BaseModel):
         Train | None,
         Field(
             description="`head`: the backbone is frozen and a clustering head is trained. `finetune`: then the "
-            "backbone's last layers learn what it found, and a new head answers. `full`: all of the backbone trains. "
+            "backbone learns what it found, and a new head answers. `full`: the backbone trains from the start. "
             "Unset: the method's usual way."
         ),
     ] = None

@@ -37,6 +37,7 @@ def _environment() -> Environment:
         "STATES": wording.STATES,
         "METHODS": wording.METHODS,
         "TRAIN": wording.TRAIN,
+        "TRAINED": wording.TRAINED,
         "TRAIN_OF_METHOD": parameters.TRAIN_OF_METHOD,
         "BACKBONES": parameters.BACKBONES,
         "weights_files": storage.weights_files,

@@ -30,7 +30,8 @@ METHODS = {
     "cc": "Contrastive Clustering",
     "pica": "PICA",
 }
-TRAIN = {"head": "Head only", "finetune": "Head, then last layers", "full": "Whole network"}
+TRAIN = {"head": "Head only", "finetune": "Head, then network", "full": "Whole network"}
+TRAINED = {"finetune": ", then the network", "full": ", whole network"}  # after the method's name
 # What speaks for a number of clusters.
 CRITERIA = {
     "eigengap": "How far groups of neighbours lie apart",

@@ -35,7 +35,6 @@ def traits(objective):
         "views": objective.view_strengths,
         "share": objective.trained_share,
         "own": objective.own_statistics,
-        "smoothing": objective.config.smoothing,
         "trusted": torch.count_nonzero(objective.trust_N).item(),
     }
 
@@ -46,14 +45,13 @@ def traits(objective):
         ("weak views", {"views": ("weak",)}),
         ("the images as they are", {"views": ("plain",)}),
         ("every image trusted alike", {"trusted": 60}),
-        ("labels not smoothed", {"smoothing": 0.0}),
-        ("all layers", {"share": 1.0}),
+        ("the last third of the layers", {"share": 1 / 3}),
         ("batches normalised by their own statistics", {"own": True}),
     ],
 )
 def test_a_variant_differs_from_the_whole_in_one_thing(made, name, changed):
     whole = traits(made(VARIANTS["finetune"]))
-    assert whole == {"views": ("strong",), "share": 1 / 3, "own": False, "smoothing": 0.1, "trusted": 40}
+    assert whole == {"views": ("strong",), "share": 1.0, "own": False, "trusted": 40}
     assert traits(made(VARIANTS[name])) == whole | changed
 
 

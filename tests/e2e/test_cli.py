@@ -98,7 +98,7 @@ def test_the_last_layers_learn_what_a_head_found_where_that_is_asked(service: st
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     at = lines.index("scl: ACC 1.000  NMI 1.000  ARI 1.000")
-    assert lines[at + 1].startswith("before its last layers learned: ACC ")
+    assert lines[at + 1].startswith("before the network learned: ACC ")
     assert lines[at + 2].startswith("k-means, same features: ACC ")
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -236,3 +237,11 @@ def test_the_generalised_mean_favours_what_stands_out():
     assert maps_BFHW.grad.isfinite().all()
     halved_BF = networks.generalised_mean(maps_BFHW.detach().bfloat16())
     assert halved_BF.dtype == torch.float32
+
+
+def test_only_the_last_layers_are_left_to_train():
+    net = networks.network("efficientnet_lite0", weights=None, image_size=64)
+    networks.freeze(net, trained_share=1 / 3)
+    last = r"body\.layers\.(_blocks\.1[1-5]\.|_conv_head|_bn1)"
+    for name, parameter in net.named_parameters():
+        assert parameter.requires_grad == bool(re.match(last, name)), name
