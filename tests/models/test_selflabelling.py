@@ -90,7 +90,7 @@ def test_how_sure_to_be_is_told_by_how_often_predictions_differed_before(blobs, 
     assert np.array_equal(finish(steps)[1].assignment.confidence_N, unsure.confidence_N)
 
 
-def ready(images, **config):
+def ready(images, *, kind=SelfLabelling, **config):
     """The images, and a training that is about to teach the backbone what heads found in some features."""
     pixels_NSSC, kind_N = pictures(images, 64)
     noise_NF = np.random.default_rng(0).random((images, 1280), np.float32)
@@ -98,7 +98,7 @@ def ready(images, **config):
     found = finish(heads.train(features_NF, clusters=3, epochs=2, restarts=2, seed=0))[1]
     return pixels_NSSC, Training(
         pixels_NSSC,
-        objective=partial(SelfLabelling, frozen=found, features_NF=features_NF),
+        objective=partial(kind, frozen=found, features_NF=features_NF),
         backbone="efficientnet_lite0",
         weights=None,
         clusters=3,
@@ -139,6 +139,13 @@ def test_the_pieces_of_a_batch_teach_what_the_whole_does():
     assert details[0].keys() == details[1].keys() == {"loss", "kept"}
     for name in details[0]:
         torch.testing.assert_close(details[0][name], details[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_normalised_by_its_own_statistics_is_computed_as_one():
+    class Own(SelfLabelling):
+        own_statistics = True
+
+    assert ready(20, kind=Own)[1].piece == 16
 
 
 def test_a_step_takes_no_more_images_at_once_than_a_piece_has(monkeypatch):
