@@ -130,7 +130,7 @@ class Training:
         self.steps = max(1, round(images / self.batch))  # of an epoch
         # A CPU is no faster with more at once and needs the memory; several processes would wait for each other.
         in_pieces = made.separable and not made.own_statistics and device == "cpu" and distributed.world_size() == 1
-        self.piece = max(1, PIECE_PIXELS // size**2) if in_pieces else self.batch
+        self.piece = max(1, PIECE_PIXELS // size**2) if in_pieces else None
         self.total = self.steps * epochs
         self.done = 0  # steps
         # Several processes talk to each other within a step, and only AdamW takes its rate from memory.
@@ -269,10 +269,10 @@ class Training:
     def learn(self, rows_G: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw]) -> dict[str, Tensor]:
         """What of a step a GPU does: views, network, loss, optimiser, memory."""
         self.optimizer.zero_grad()
-        if self.piece < len(rows_G):
-            details = self.gradients_in_pieces(rows_G, pixels_BSSC, choices)
-        else:
+        if self.piece is None:
             details = self.gradients(rows_G, pixels_BSSC, choices)
+        else:
+            details = self.gradients_in_pieces(rows_G, pixels_BSSC, choices, self.piece)
         distributed.average_gradients(self.objective.parameters())
         self.optimizer.step()
         self.objective.end_step()
@@ -288,10 +288,11 @@ class Training:
         return {"loss": loss.detach(), **details}
 
     def gradients_in_pieces(
-        self, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw]
+        self, rows_B: Tensor, pixels_BSSC: Tensor, choices: Sequence[views.Draw], piece: int
     ) -> dict[str, Tensor]:
+        """The same of a batch whose images have nothing to do with each other, some at a time."""
         sums: dict[str, Tensor] = {}
-        for some in space.blocks(len(rows_B), self.piece):
+        for some in space.blocks(len(rows_B), piece):
             share = len(rows_B[some]) / len(rows_B)
             own = self.gradients(rows_B[some], pixels_BSSC[some], [each[some] for each in choices], share=share)
             sums = {name: sums.get(name, 0) + value * share for name, value in own.items()}

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 from torch.nn.functional import normalize
 
-from models import heads
+from models import full, heads
 from models.config import Config, InputError
 from models.full import FullConfig, Stopped, Training
 from models.selflabelling import SelfLabelling, SelfLabellingConfig
@@ -119,21 +119,13 @@ def test_all_layers_learn_and_statistics_stay():
 
 def test_the_pieces_of_a_batch_teach_what_the_whole_does():
     pixels_NSSC, training = ready(20, precision="float32")
-    rows_B = torch.arange(20)
-    choices = training.choices(20)
-    pixels_BSSC = torch.from_numpy(pixels_NSSC)
-    assert training.piece == 196
-    sizes, gradients, details = [], [], []
-    forward = training.forward
-    training.forward = lambda x_XCSS: sizes.append(len(x_XCSS)) or forward(x_XCSS)
-    for training.piece in (196, 8):
+    given = torch.arange(20), torch.from_numpy(pixels_NSSC), training.choices(20)
+    gradients, details = [], []
+    for learn in (training.gradients, partial(training.gradients_in_pieces, piece=8)):
         training.optimizer.zero_grad()
-        step = training.gradients if training.piece == 196 else training.gradients_in_pieces
-        details.append(step(rows_B, pixels_BSSC, choices))
-        gradients.append(
-            [each.grad.clone() for each in (*training.network.parameters(), training.objective.centres_KD)]
-        )
-    assert sizes == [20, 8, 8, 4]
+        details.append(learn(*given))
+        taught = (*training.network.parameters(), training.objective.centres_KD)
+        gradients.append([parameter.grad.clone() for parameter in taught])
     for whole, pieces in zip(*gradients, strict=True):
         assert (whole - pieces).norm() <= 1e-4 * whole.norm() + 1e-7
     assert details[0].keys() == details[1].keys() == {"loss", "kept"}
@@ -141,22 +133,19 @@ def test_the_pieces_of_a_batch_teach_what_the_whole_does():
         torch.testing.assert_close(details[0][name], details[1][name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_normalised_by_its_own_statistics_is_computed_as_one():
-    class Own(SelfLabelling):
-        own_statistics = True
-
-    assert ready(20, kind=Own)[1].piece == 16
+class OwnStatistics(SelfLabelling):
+    own_statistics = True
 
 
-def test_a_step_takes_no_more_images_at_once_than_a_piece_has(monkeypatch):
+@pytest.mark.parametrize(("kind", "expected"), [(SelfLabelling, [7, 7, 6]), (OwnStatistics, [20])])
+def test_a_batch_is_computed_in_pieces_unless_its_images_have_to_do_with_each_other(monkeypatch, kind, expected):
     sizes = []
     forward = Training.forward
     monkeypatch.setattr(Training, "forward", lambda self, x_XCSS: sizes.append(len(x_XCSS)) or forward(self, x_XCSS))
-    _, training = ready(32)
-    training.piece = 7
-    for _ in training.run():
+    monkeypatch.setattr(full, "PIECE_PIXELS", 7 * 64**2)
+    for _ in ready(20, kind=kind)[1].run():
         pass
-    assert sizes == [7, 7, 2] * 2
+    assert sizes == expected
 
 
 def test_features_are_those_of_the_trained_network():
