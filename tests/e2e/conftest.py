@@ -1,6 +1,7 @@
 """One running service for all end-to-end tests of a worker process."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
@@ -24,7 +25,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     settings = Settings(
         data_dir=tmp_path_factory.mktemp("service"), port=free_port(), database_url=None, broker_url=None
     )
-    with running_service(settings) as url:
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:  # `make test` gives its own processes one core each
+            patch.delenv("OMP_NUM_THREADS", raising=False)
+            patch.delenv("LOKY_MAX_CPU_COUNT", raising=False)
+            url = running.enter_context(running_service(settings))
         yield url
 
 

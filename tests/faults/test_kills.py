@@ -22,7 +22,7 @@ HEAD = {"epochs": 8, "restarts": 2, "seed": 3}
 FINETUNE = {"train": "finetune", "image_size": 64, "epochs": 60, "restarts": 2, "seed": 3}
 # What a step may take at the worst, its checkpoint included, on a machine with other work.
 STEP_S = 1.0
-KILLS = {"head": 20, "finetune": 10, "full": 20 if FULL else 4}
+KILLS = {"head": 20, "finetune": 10, "full": 20 if FULL else 2}
 
 
 def saved_at(stack: Stack, run_id: str) -> float | None:

@@ -1,6 +1,6 @@
 """One small `full` training in a process of its own, for the tests that kill it or start several of it.
 
-python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double] [--careful]
+python -m tests.models.full_run --out FOLDER [--checkpoint FOLDER] [--slow] [--double] [--each]
     [--device cuda] [--shared]
 """
 
@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -96,13 +98,17 @@ SETTINGS = {
 }
 
 
+# Every kind of training that the tests compare: whether it is in float64, and of which objective.
+KINDS = {"double": (True, Remembering), "careful": (True, Careful), "single": (False, Remembering)}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--double", action="store_true", help="in float64, where sums in another order hardly differ")
-    parser.add_argument("--careful", action="store_true", help="the last layers alone")
+    parser.add_argument("--each", action="store_true", help="all KINDS one after the other, in folders of their names")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shared", action="store_true", help="two processes on one GPU, by gloo: NCCL refuses")
     options = parser.parse_args()
@@ -125,53 +131,57 @@ def main():
 
     signal.signal(signal.SIGTERM, told)
     torch.set_num_threads(1)
-    config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
-    objective = Careful if options.careful else Remembering
-    settings = {**SETTINGS, "objective": objective}
-    if options.double:
-        network = networks.network
-        networks.network = lambda *args, **kwargs: network(*args, **kwargs).double()
-        settings["objective"] = lambda **kwargs: objective(**kwargs).double()
+    kept = {"checkpoint_dir": options.checkpoint, "checkpoint_every_s": 0.0, "stop": stop}
     with distributed.process_group(options.device) as device:
-        training = full.Training(
-            pictures()[0],
-            **settings,
-            config=config,
-            device=device,
-            checkpoint_dir=options.checkpoint,
-            checkpoint_every_s=0.0,
-            stop=stop,
+        if options.each:
+            for kind in KINDS:
+                run(kind, options.out / kind, device=device)
+        else:
+            run("double" if options.double else "single", options.out, device=device, **kept)
+
+
+def run(kind, out, **settings):
+    """Train, and leave the losses of every process and what it ended with."""
+    double, objective = KINDS[kind]
+    out.mkdir(parents=True, exist_ok=True)
+    network = networks.network
+    with ExitStack() as patches:
+        if double:
+            wide = patch.object(networks, "network", lambda *args, **kwargs: network(*args, **kwargs).double())
+            patches.enter_context(wide)
+        config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
+        made = (lambda **kwargs: objective(**kwargs).double()) if double else objective
+        training = full.Training(pictures()[0], **{**SETTINGS, "objective": made}, config=config, **settings)
+    views = training.views
+    if double:
+        training.views = lambda *given: views(*given).double()
+    losses = []
+    plain = training.step
+
+    def step(rows_G, pixels_BSSC):
+        details = plain(rows_G, pixels_BSSC)
+        losses.append(details["loss"].item())
+        return details
+
+    training.step = step
+    try:
+        for _ in training.run():
+            pass
+    except full.Stopped:
+        sys.exit(75)
+    if double:
+        training.network.float()
+    features_NF = finish(training.features())
+    if distributed.rank() == 0:
+        fit = finish(training.objective.answer(features_NF, seed=5, restarts=2))
+        state = {**training.network.state_dict(), **training.objective.state_dict()}
+        np.savez(
+            out / "end.npz",
+            labels=fit.assignment.labels_N,
+            features=features_NF,
+            **{name: value.cpu().numpy() for name, value in state.items()},
         )
-        views = training.views
-        if options.double:
-            training.views = lambda *given: views(*given).double()
-        losses = []
-        plain = training.step
-
-        def step(rows_G, pixels_BSSC):
-            details = plain(rows_G, pixels_BSSC)
-            losses.append(details["loss"].item())
-            return details
-
-        training.step = step
-        try:
-            for _ in training.run():
-                pass
-        except full.Stopped:
-            sys.exit(75)
-        if options.double:
-            training.network.float()
-        features_NF = finish(training.features())
-        if distributed.rank() == 0:
-            fit = finish(training.objective.answer(features_NF, seed=5, restarts=2))
-            state = {**training.network.state_dict(), **training.objective.state_dict()}
-            np.savez(
-                options.out / "end.npz",
-                labels=fit.assignment.labels_N,
-                features=features_NF,
-                **{name: value.cpu().numpy() for name, value in state.items()},
-            )
-        (options.out / f"losses-{distributed.rank()}.json").write_text(json.dumps(losses))
+    (out / f"losses-{distributed.rank()}.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from torch import nn
 
 from models import distributed
 from tests.checkpoints import steps_done
+from tests.models.full_run import KINDS
 
 SCRIPT = "tests.models.full_run"
 # On one process, so that the trainings that they compare are run once.
-TOGETHER = pytest.mark.xdist_group("doubles")
+TOGETHER = pytest.mark.xdist_group("processes")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", SCRIPT)
 
 
@@ -65,56 +66,47 @@ def test_alone_nothing_is_sent():
 
 
 @pytest.fixture(scope="module")
-def doubles(tmp_path_factory):
-    """The same training in one and in two processes, in float64."""
-    root = tmp_path_factory.mktemp("doubles")
+def ran(tmp_path_factory):
+    """Folders of the same trainings in one and in two processes; see `full_run.KINDS`."""
+    root = tmp_path_factory.mktemp("ran")
     for processes in (1, 2):
-        assert start(root / str(processes), "--double", processes=processes).wait(240) == 0
+        assert start(root / str(processes), "--each", processes=processes).wait(280) == 0
     return root / "1", root / "2"
 
 
 @pytest.mark.slow
 @TOGETHER
-def test_two_processes_compute_what_one_does(doubles):
+@pytest.mark.parametrize("kind", ["double", "careful"])
+def test_two_processes_compute_what_one_does(ran, kind):
     # Sums in another order: float64 hides all of it but the last digits, after nine steps too.
-    one, two = doubles
+    one, two = (folder / kind for folder in ran)
     assert len(losses(one)) == 9
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-10)
-    ends = [np.load(folder / "end.npz") for folder in doubles]
+    ends = [np.load(folder / "end.npz") for folder in (one, two)]
     assert ends[0].files == ends[1].files
     for name in ends[0].files:
         np.testing.assert_allclose(ends[1][name], ends[0][name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
-def test_so_they_do_where_the_first_layers_do_not_train(tmp_path):
-    for processes in (1, 2):
-        assert start(tmp_path / str(processes), "--double", "--careful", processes=processes).wait(240) == 0
-    ends = [np.load(tmp_path / str(processes) / "end.npz") for processes in (1, 2)]
-    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=1e-10)
-    for name in ends[0].files:
-        np.testing.assert_allclose(ends[1][name], ends[0][name], rtol=1e-5, atol=1e-5, err_msg=name)
+@TOGETHER
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_processes_see_the_same_loss(ran, kind):
+    assert losses(ran[1] / kind, 0) == losses(ran[1] / kind, 1)
 
 
 @pytest.mark.slow
 @TOGETHER
-def test_both_processes_see_the_same_loss(doubles):
-    assert losses(doubles[1], 0) == losses(doubles[1], 1)
-
-
-@pytest.mark.slow
-def test_in_float32_the_first_losses_agree_and_the_rest_stay_close(tmp_path):
+def test_in_float32_the_first_losses_agree_and_the_rest_stay_close(ran):
     # Rounding flips some rectifiers, and batches of 16 make much of it: 1 % in the first three steps, 10 % in all.
-    for processes in (1, 2):
-        assert start(tmp_path / str(processes), processes=processes).wait(240) == 0
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    one, two = (losses(folder / "single") for folder in ran)
     np.testing.assert_allclose(two[:3], one[:3], rtol=0.01)
     np.testing.assert_allclose(two, one, rtol=0.1)
 
 
 @pytest.mark.slow
 @TOGETHER
-def test_told_to_stop_both_processes_leave_one_checkpoint_and_go_on_from_it(doubles, tmp_path):
+def test_told_to_stop_both_processes_leave_one_checkpoint_and_go_on_from_it(ran, tmp_path):
     kept = ("--double", "--checkpoint", str(tmp_path / "kept"))
     process = start(tmp_path / "out", *kept, "--slow")
     while steps_done(tmp_path / "kept") < 2:
@@ -126,4 +118,4 @@ def test_told_to_stop_both_processes_leave_one_checkpoint_and_go_on_from_it(doub
     assert start(tmp_path / "out", *kept).wait(240) == 0
     rest = losses(tmp_path / "out")
     assert 0 < len(rest) < 9
-    np.testing.assert_array_equal(rest, losses(doubles[1])[-len(rest) :])
+    np.testing.assert_array_equal(rest, losses(ran[1] / "double")[-len(rest) :])

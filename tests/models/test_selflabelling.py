@@ -118,7 +118,11 @@ def test_all_layers_learn_and_statistics_stay():
 
 
 def test_the_pieces_of_a_batch_teach_what_the_whole_does():
+    # In float64: how a processor sums a convolution in float32 depends on the size of the batch.
     pixels_NSSC, training = ready(20, precision="float32")
+    training.network.double()
+    training.objective.double()
+    training.views, views = lambda *given: views(*given).double(), training.views
     given = torch.arange(20), torch.from_numpy(pixels_NSSC), training.choices(20)
     gradients, details = [], []
     for learn in (training.gradients, partial(training.gradients_in_pieces, piece=8)):
@@ -127,7 +131,7 @@ def test_the_pieces_of_a_batch_teach_what_the_whole_does():
         taught = (*training.network.parameters(), training.objective.centres_KD)
         gradients.append([parameter.grad.clone() for parameter in taught])
     for whole, pieces in zip(*gradients, strict=True):
-        assert (whole - pieces).norm() <= 1e-4 * whole.norm() + 1e-7
+        assert (whole - pieces).norm() <= 1e-6 * whole.norm()
     assert details[0].keys() == details[1].keys() == {"loss", "kept"}
     for name in details[0]:
         torch.testing.assert_close(details[0][name], details[1][name], rtol=1e-5, atol=1e-6)
