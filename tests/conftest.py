@@ -68,6 +68,11 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes make no names: some change with the time of day, and processes must have the same tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The promises under faults, with what was seen; here, since tests may run in other processes."""
     print_table(terminalreporter)

@@ -111,7 +111,6 @@ def test_the_last_layers_learn_what_a_head_found_where_that_is_asked(service: st
         ("broken.tar.gz", tar_of(two_kinds(30))[:-2000], "2", "broken.tar.gz"),
         ("notes.txt", b"hello", "2", "notes.txt is not an archive"),
     ],
-    ids=lambda value: "content" if isinstance(value, bytes) else None,
 )
 def test_bad_input_is_one_clear_line(
     service: str, tmp_path: Path, name: str, content: bytes, clusters: str, words: str

@@ -105,7 +105,6 @@ def test_a_broken_file_that_comes_twice_is_rejected_twice():
         ("cut.tar.gz", tar_of(two_kinds(30))[:-500], "archive-damaged"),
         ("cut.zip", zip_of(two_kinds(3))[:-30], "archive-damaged"),
     ],
-    ids=lambda value: "content" if isinstance(value, bytes) else None,
 )
 def test_an_upload_that_fails_says_why_and_leaves_nothing(name: str, content: bytes, code: str):
     upload = run(queued((name, content)))
