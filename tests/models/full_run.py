@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -144,13 +144,11 @@ def run(kind, out, **settings):
     """Train, and leave the losses of every process and what it ended with."""
     double, objective = KINDS[kind]
     out.mkdir(parents=True, exist_ok=True)
+    config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
     network = networks.network
-    with ExitStack() as patches:
-        if double:
-            wide = patch.object(networks, "network", lambda *args, **kwargs: network(*args, **kwargs).double())
-            patches.enter_context(wide)
-        config = FullConfig(batch=16, precision="float32", optimizer="sgd", learning_rate=0.01)
-        made = (lambda **kwargs: objective(**kwargs).double()) if double else objective
+    made = (lambda **kwargs: objective(**kwargs).double()) if double else objective
+    wide = patch.object(networks, "network", lambda *args, **kwargs: network(*args, **kwargs).double())
+    with wide if double else nullcontext():
         training = full.Training(pictures()[0], **{**SETTINGS, "objective": made}, config=config, **settings)
     views = training.views
     if double:
